@@ -1,0 +1,934 @@
+"""Tests, in the order of mtcp.py, then data.py, then train.py: `pytest`.
+
+Every fact is checked against something that does not share the code: a naive loop, a case worked out by hand, a closed
+form, or an invariance. Nothing is compared with numbers that the code itself once printed.
+"""
+
+import ast
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import mtcp
+import train
+from mtcp import IGNORE_INDEX, LPS, MTCP, NYUD, PRESETS
+
+HERE = Path(__file__).parent
+TOY = PRESETS["toy"]
+
+
+def close(a, b, tolerance=1e-5):
+    a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+    assert a.shape == b.shape, f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
+    difference = (a - b).abs().max().item()
+    assert difference <= tolerance, f"largest difference {difference:.3g}, allowed {tolerance:.3g}"
+
+
+def labels(B: int, H: int, W: int) -> dict:
+    """Random labels of all three tasks of NYUD-v2, with ignored pixels."""
+    torch.manual_seed(1)
+    semseg = torch.randint(0, 40, (B, H, W))
+    semseg[:, :4] = IGNORE_INDEX
+    normals = F.normalize(torch.randn(B, 3, H, W), dim=1)
+    normals[..., :4] = 0
+    return {"semseg": semseg, "depth": torch.rand(B, 1, H, W) * 5, "normals": normals}
+
+
+def randomise_batchnorm(model: nn.Module) -> None:
+    """Running statistics as after training: at 0 and 1, eval mode would hide a wrong use of them."""
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.3)
+            m.running_var.uniform_(0.5, 1.5)
+
+
+# ======================================================================================================================
+# mtcp.py: the parts
+# ======================================================================================================================
+
+
+def test_mtcp_imports_no_file_of_ours():
+    tree = ast.parse((HERE / "mtcp.py").read_text())
+    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imported} <= {"math", "dataclasses", "timm", "torch"}
+
+
+@pytest.mark.parametrize(
+    "name", ["swin_tiny_patch4_window7_224", "convnext_atto", "pvt_v2_b0", "vit_tiny_patch16_224", "vit_small_patch14_dinov2"]
+)
+def test_backbone_gives_four_strides(name):
+    backbone = mtcp.Backbone(name).eval()
+    with torch.no_grad():
+        maps = backbone(torch.randn(1, 3, 64, 96))
+    assert [tuple(m.shape[1:]) for m in maps] == [
+        (c, 64 // s, 96 // s) for c, s in zip(backbone.channels, (4, 8, 16, 32), strict=True)
+    ]
+    close(maps[2].mean(dim=1), torch.zeros(1, 4, 6), 1e-5)  # LayerNorm'ed at every pixel
+
+
+def test_backbone_with_other_strides_is_refused():
+    with pytest.raises(ValueError, match="strides"):
+        mtcp.Backbone("vit_base_patch32_224")
+
+
+def test_deformable_sampling_against_a_loop():
+    torch.manual_seed(0)
+    sizes, heads, d, L, points = [(2, 3), (5, 4)], 2, 3, 4, 3
+    value = torch.randn(1, sum(h * w for h, w in sizes), heads, d)
+    places = torch.rand(1, L, heads, len(sizes), points, 2) * 1.4 - 0.2  # some outside the map
+    weight = torch.rand(1, L, heads, len(sizes), points)
+
+    def pixel(level, head, y, x):  # zero outside
+        h, w = sizes[level]
+        start = sum(a * b for a, b in sizes[:level])
+        return value[0, start + y * w + x, head] if 0 <= y < h and 0 <= x < w else torch.zeros(d)
+
+    expected = torch.zeros(L, heads, d)
+    for q, head, level, p in np.ndindex(L, heads, len(sizes), points):
+        h, w = sizes[level]
+        x, y = (places[0, q, head, level, p] * torch.tensor([w, h]) - 0.5).tolist()  # pixel centres at whole numbers
+        x0, y0 = math.floor(x), math.floor(y)
+        for yy, xx in ((y0, x0), (y0, x0 + 1), (y0 + 1, x0), (y0 + 1, x0 + 1)):
+            bilinear = (1 - abs(y - yy)) * (1 - abs(x - xx))
+            expected[q, head] += weight[0, q, head, level, p] * bilinear * pixel(level, head, yy, xx)
+    close(mtcp.deformable_sampling(value, sizes, places, weight)[0], expected.flatten(1))
+
+
+def test_deformable_attention_starts_by_looking_around_itself():
+    """With zero weights, head k samples at distances 1…points in direction 2πk/heads."""
+    attention = mtcp.DeformableAttention(C=8, heads=4, levels=1, points=2)
+    offsets = attention.offsets(torch.randn(1, 8)).view(4, 2, 2)
+    close(offsets, [[[1, 0], [2, 0]], [[0, 1], [0, 2]], [[-1, 0], [-2, 0]], [[0, -1], [0, -2]]], 1e-5)
+
+
+def test_sine_embedding_against_a_loop():
+    C, h, w = 8, 3, 5
+    expected = torch.zeros(C, h, w)
+    for c, y, x in np.ndindex(C, h, w):
+        position, length, i = (y + 1, h, c) if c < C // 2 else (x + 1, w, c - C // 2)
+        angle = 2 * math.pi * position / length / 10000 ** (2 * (i // 2) / (C // 2))
+        expected[c, y, x] = math.sin(angle) if i % 2 == 0 else math.cos(angle)
+    close(mtcp.sine_embedding(torch.zeros(2, C, h, w))[0], expected, 1e-4)
+
+
+def test_masked_attention_hides_the_background_and_opens_empty_rows():
+    decoder = mtcp.QueryDecoder(TOY)
+    masks = torch.tensor([[[[1.0, -1.0]], [[-1.0, -2.0]]]])  # (1,2,1,2): query 0 sees pixel 0; query 1 sees nothing
+    hidden = decoder.attention_mask(masks)
+    assert hidden.shape == (TOY.attention_heads, 2, 2)
+    assert hidden[0].tolist() == [[False, True], [False, False]]  # True: must not look; the empty row is opened
+
+    layer, q = decoder.layers[0].eval(), torch.randn(1, 2, TOY.width)
+    memory = torch.randn(1, 2, TOY.width)
+    changed = memory.clone()
+    changed[:, 1] += 1  # a pixel that query 0 must not see, and query 1 may
+    with torch.no_grad():
+        attend = partial(layer._attend, layer.cross, q)
+        difference = attend(changed, changed, hidden) - attend(memory, memory, hidden)
+    close(difference[0, 0], torch.zeros(TOY.width))
+    assert difference[0, 1].abs().max() > 1e-3
+
+
+def test_shared_representation_is_P_times_the_summed_masks_up_to_one_number_per_image():
+    P, M = torch.randn(2, 4, 3, 5), torch.randn(2, 7, 3, 5) - 50  # -50: logits as with pretrained weights
+    R = mtcp.shared_representation(P, M)
+    ratio = P * M.sum(dim=1, keepdim=True) / R
+    close(ratio / ratio[:, :1, :1, :1], torch.ones_like(R), 1e-4)
+    close(R.square().mean(dim=(1, 2, 3)), torch.ones(2))
+    close(mtcp.shared_representation(10 * P, 100 * M), R)
+
+
+def test_task_decoder_and_pyramid_shapes_at_sizes_no_window_divides():
+    R = torch.randn(1, TOY.width, 9, 13)
+    maps = mtcp.TaskDecoder(TOY)(R)
+    assert [tuple(m.shape[1:]) for m in maps] == [(32, 9, 13), (64, 5, 7), (128, 3, 4)]
+    assert mtcp.FeaturePyramid(TOY.width)(maps).shape == R.shape
+
+
+def dense_cfm(cfm, X_t, auxiliaries):
+    """softmax(τ cos(Q, K)) V with the matrix written out."""
+    A = cfm.fuse(torch.cat([X * torch.sigmoid(g(X)) for g, X in zip(cfm.gates, auxiliaries, strict=True)], dim=1))
+    Q, K, V = cfm.query(A), cfm.pool(cfm.key(A)), cfm.pool(cfm.value(X_t))
+    d, out = Q.shape[1] // cfm.heads, []
+    for head, tau in enumerate(cfm.log_tau.exp().flatten()):
+        q, k, v = (m[:, head * d : (head + 1) * d].flatten(2) for m in (Q, K, V))  # (B,d,positions)
+        q, k = (m / m.norm(dim=1, keepdim=True) for m in (q, k))
+        affinity = torch.softmax(tau * q.transpose(1, 2) @ k, dim=-1)  # (B,hw,positions)
+        out.append((affinity @ v.transpose(1, 2)).transpose(1, 2))
+    return cfm.out(torch.cat(out, dim=1).view_as(X_t))
+
+
+@pytest.mark.parametrize("heads,stride,auxiliaries", [(1, 1, 1), (4, 1, 2), (2, 3, 2), (1, 2, 3)])
+def test_cfm_against_the_dense_softmax(heads, stride, auxiliaries):
+    torch.manual_seed(0)
+    cfm = mtcp.CoherenceFusion(auxiliaries, replace(TOY, cfm_heads=heads, cfm_stride=stride)).eval()
+    randomise_batchnorm(cfm)
+    X = [torch.randn(2, TOY.width, 5, 7) for _ in range(auxiliaries + 1)]
+    with torch.no_grad():
+        cfm.log_tau += torch.rand_like(cfm.log_tau)
+        close(cfm(X[0], X[1:]), dense_cfm(cfm, X[0], X[1:]), 1e-4)
+
+
+def test_cosine_distance():
+    x = torch.randn(2, 8, 3, 3)
+    close(mtcp.cosine_distance(x, [5 * x]), 0.0, 1e-6)
+    close(mtcp.cosine_distance(x, [-x, x]), 1.0, 1e-6)
+
+
+def test_srm_follows_its_equations():
+    srm = mtcp.SpatialRefinement(carry_channels=4, stage_channels=6, C=5, last=False).eval()
+    randomise_batchnorm(srm)
+    carry, F_i = torch.randn(1, 4, 4, 6), torch.randn(1, 6, 8, 12)
+    up = F.interpolate(srm.cbam_carry(carry), scale_factor=2, mode="bilinear")
+    z = torch.cat([up, srm.cbam_stage(F_i)], dim=1)
+    pred, new_carry = srm(carry, F_i)
+    for branch, out in ((srm.to_pred, pred), (srm.to_carry, new_carry)):
+        conv, bn, _ = branch
+        close(out, F.relu(bn(torch.einsum("oc,bchw->bohw", conv.weight[..., 0, 0], z))))
+
+
+# ======================================================================================================================
+# mtcp.py: the whole network
+# ======================================================================================================================
+
+
+@pytest.mark.parametrize("names", [["depth"], ["semseg", "normals"], ["semseg", "depth", "normals"]])
+@pytest.mark.parametrize("size", [(64, 96), (45, 71)])
+def test_output_contract_for_any_number_of_tasks_and_any_size(names, size):
+    tasks = tuple(t for t in NYUD if t.name in names)
+    model = MTCP(tasks, TOY)
+    assert (model.cfm is None) == (len(names) == 1)
+    outputs = model(torch.randn(2, 3, *size))
+    assert list(outputs) == names
+    for t in tasks:
+        y = outputs[t.name]
+        assert len(y["intermediate"]) == 2
+        for p in (y["initial"], *y["intermediate"], y["final"]):
+            assert p.shape == (2, t.channels, *size)
+            if t.name == "depth":
+                assert (p > 0).all()
+            if t.name == "normals":
+                close(p.norm(dim=1), torch.ones(2, *size))
+
+
+def test_without_trace_back_the_fused_feature_is_decoded():
+    model = MTCP(NYUD, replace(TOY, trace_back=False))
+    y = model(torch.randn(2, 3, 64, 64))["depth"]
+    assert y["initial"] is None and y["intermediate"] == [] and y["final"].shape == (2, 1, 64, 64)
+
+
+def test_task_names_must_differ():
+    with pytest.raises(ValueError, match="different names"):
+        MTCP((NYUD[0], NYUD[0]), TOY)
+
+
+@pytest.mark.parametrize("changes", [{}, {"cfm": False}, {"trace_back": False}, {"cfm": False, "trace_back": False}])
+def test_every_parameter_is_used(changes):
+    torch.manual_seed(0)
+    model = MTCP(NYUD, replace(TOY, **changes))
+    losses = mtcp.task_losses(NYUD, model(torch.randn(2, 3, 64, 96)), labels(2, 64, 96))
+    sum(losses.values()).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    # CBAM's bottleneck has two units at this width; both may happen to be below zero, and then rest.
+    resting = [n for n, p in model.named_parameters() if p.grad.abs().max() == 0 and ".channel.fc" not in n]
+    assert resting == []
+
+
+def test_a_batch_of_two_equals_two_singles():
+    torch.manual_seed(0)
+    model = MTCP(NYUD, TOY).eval()
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        both, first = model(x), model(x[:1])
+    for t in model.names:
+        close(both[t]["final"][:1], first[t]["final"], 1e-4)
+
+
+def test_order_of_tasks_has_no_effect():
+    torch.manual_seed(0)
+    a, b = MTCP(NYUD, TOY).eval(), MTCP(NYUD[::-1], TOY).eval()
+    b.load_state_dict(a.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        ya, yb = a(x), b(x)
+    for t in a.names:
+        close(ya[t]["final"], yb[t]["final"])
+
+
+def test_bfloat16_autocast_stays_near_float32():
+    torch.manual_seed(0)
+    model = MTCP(NYUD, TOY).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        exact = model(x)["depth"]["final"]
+        with torch.autocast("cpu", torch.bfloat16):
+            close(model(x)["depth"]["final"].float(), exact, 0.1)
+
+
+def test_paper_preset_is_the_papers_model():
+    with torch.device("meta"):  # shapes without memory
+        model = MTCP(NYUD, PRESETS["paper"])
+    assert model.backbone.channels == [96, 192, 384, 768]
+    assert len(model.pixel_decoder.layers) == 6 and len(model.query_decoder.layers) == 9
+    assert model.query_decoder.query_features.weight.shape == (100, 256)
+    assert [len(s.blocks) for s in model.decoder["depth"].stages] == [1, 2, 1]
+
+
+# ======================================================================================================================
+# mtcp.py: losses
+# ======================================================================================================================
+
+
+def test_cross_entropy_by_hand():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]]).T.reshape(1, 2, 1, 2)  # pixel 0: (2,0), pixel 1: (0,0)
+    target = torch.tensor([[[0, 1]]])
+    close(mtcp.cross_entropy(logits, target), (math.log(1 + math.exp(-2)) + math.log(2)) / 2)
+    target[0, 0, 0] = IGNORE_INDEX
+    close(mtcp.cross_entropy(logits, target), math.log(2))
+
+
+def test_l1_depth_by_hand():
+    y, target = torch.tensor([[[[1.0, 5.0, 9.0]]]]), torch.tensor([[[[2.0, 3.0, 0.0]]]])
+    close(mtcp.l1_depth(y, target), 1.5)
+
+
+def test_l1_normals_by_hand():
+    y = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).T.reshape(1, 3, 1, 3)
+    target = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]).T.reshape(1, 3, 1, 3)
+    close(mtcp.l1_normals(y, target), 2 / 6)  # one right, one off by 1 in two of three components, one invalid
+
+
+def test_balanced_bce_by_hand():
+    logits = torch.tensor([0.0, 0.0, 0.0, 0.0, 9.0]).view(1, 1, 1, 5)
+    target = torch.tensor([1.0, 0.0, 0.0, 0.0, 255.0]).view(1, 1, 1, 5)
+    close(mtcp.balanced_bce(logits, target), (0.75 + 3 * 0.25) * math.log(2) / 4)  # ¾ for the one, ¼ for each of three
+
+
+@pytest.mark.parametrize(
+    "loss,channels,target",
+    [
+        (mtcp.cross_entropy, 4, torch.full((2, 3, 3), IGNORE_INDEX)),
+        (mtcp.l1_depth, 1, torch.zeros(2, 1, 3, 3)),
+        (mtcp.l1_normals, 3, torch.zeros(2, 3, 3, 3)),
+        (mtcp.balanced_bce, 1, torch.full((2, 1, 3, 3), 255.0)),
+    ],
+)
+def test_no_valid_pixel_is_a_loss_of_zero_with_zero_gradient(loss, channels, target):
+    y = torch.randn(2, channels, 3, 3, requires_grad=True)
+    value = loss(y, target)
+    value.backward()
+    assert value.item() == 0 and y.grad.abs().max() == 0
+
+
+def test_task_loss_weighs_early_predictions_by_half():
+    depth = NYUD[1]
+    predictions = {k: torch.full((1, 1, 2, 2), v) for k, v in (("a", 2.0), ("b", 3.0), ("c", 5.0), ("d", 9.0))}
+    y = {"final": predictions["a"], "initial": predictions["b"], "intermediate": [predictions["c"], predictions["d"]]}
+    target = {"depth": torch.ones(1, 1, 2, 2)}
+    close(mtcp.task_losses((depth,), {"depth": y}, target)["depth"], 1 + 0.5 * (2 + 4 + 8))
+    y["initial"], y["intermediate"] = None, []
+    close(mtcp.task_losses((depth,), {"depth": y}, target)["depth"], 1.0)
+
+
+# ======================================================================================================================
+# mtcp.py: balancers
+# ======================================================================================================================
+
+
+def run_epoch(balancer, *ell):
+    """One epoch of one step in which ℓ_t = log(1 + L_t) takes the given values; returns the total of that step."""
+    total = balancer({n: torch.expm1(torch.tensor(e)) for n, e in zip(balancer.names, ell, strict=True)})
+    balancer.end_epoch()
+    return total.item()
+
+
+def test_lps_by_hand_for_three_epochs():
+    lps = LPS(["a", "b"], kappa=2.0, w_min=0.1)
+    close(run_epoch(lps, 1.0, 3.0), 4.0)  # epoch 0: w = 1
+    close(lps.weights, [1.5, 0.5])  # ℓ/ℓ_t = 4, 4/3, rescaled to sum 2
+    close(run_epoch(lps, 0.5, 3.0), 1.5 * 0.5 + 0.5 * 3)
+    # r = (½, 1) / (3.5/4) = (4/7, 8/7), r̄ = 6/7; r̄ ± 2·2/7 = (2/7, 10/7), rescaled
+    close(lps.weights, [1 / 3, 5 / 3])
+    run_epoch(lps, 0.5, 1.0)
+    # r = (1, ⅓) / (1.5/3.5) = (7/3, 7/9), r̄ = 14/9; spread (28/9, 0), rescaled (2, 0), then the floor
+    close(lps.weights, [1.9, 0.1])
+
+
+def test_lps_weights_stay_above_the_floor_and_sum_to_T():
+    torch.manual_seed(0)
+    lps = LPS(["a", "b", "c"], kappa=7.5, w_min=0.1)
+    floored = 0
+    for _ in range(200):
+        run_epoch(lps, *(torch.rand(3) + 0.1).tolist())
+        assert lps.weights.min() >= 0.1 - 1e-6
+        close(lps.weights.sum(), 3.0)
+        floored += (lps.weights < 0.11).any().item()
+    assert floored > 100  # without the floor, these epochs would have had a negative weight
+
+
+def test_lps_switches():
+    lps = LPS(["a", "b"], kappa=2.0, log=False, prioritise=False)
+    close(lps({"a": torch.tensor(3.0), "b": torch.tensor(4.0)}), 7.0)
+    lps.end_epoch()
+    assert lps.weights.tolist() == [1, 1]
+    lps = LPS(["a", "b"], kappa=2.0, prioritise=False)
+    close(run_epoch(lps, 1.0, 3.0), 4.0)
+    assert lps.weights.tolist() == [1, 1]
+
+
+def test_lps_ignores_a_task_without_valid_pixels():
+    lps = LPS(["a", "b", "c"], kappa=2.0)
+    run_epoch(lps, 1.0, 3.0, 0.0)
+    close(lps.weights, [1.5, 0.5, 1.0])  # as without c, which keeps weight 1
+    run_epoch(lps, 0.5, 3.0, 2.0)
+    close(lps.weights, [1 / 3, 5 / 3, 1.0])  # c has nothing to be compared with yet
+    run_epoch(lps, 0.0, 0.0, 0.0)
+    assert lps.weights.isfinite().all()
+
+
+def test_lps_refuses_a_floor_that_is_none():
+    with pytest.raises(ValueError, match="w_min"):
+        LPS(["a"], kappa=1.0, w_min=0.0)
+
+
+@pytest.mark.parametrize("make", [partial(LPS, kappa=7.5), mtcp.DynamicWeightAverage])
+def test_balancer_state_round_trip(make):
+    a = make(["a", "b"])
+    run_epoch(a, 1.0, 3.0)
+    a({"a": torch.tensor(1.0), "b": torch.tensor(0.3)})  # half-way through an epoch
+    b = make(["a", "b"])
+    b.load_state_dict(a.state_dict())
+    for balancer in (a, b):
+        run_epoch(balancer, 0.7, 2.0)
+        run_epoch(balancer, 0.6, 1.9)
+    assert torch.equal(a.weights, b.weights) and a.weights[0] != a.weights[1]
+
+
+def test_uncertainty_by_hand():
+    balancer = mtcp.UncertaintyWeights(["a", "b", "c"])
+    with torch.no_grad():
+        balancer.log_variance.copy_(torch.tensor([math.log(2), 0.0, 5.0]))
+    total = balancer({"a": torch.tensor(4.0), "b": torch.tensor(3.0), "c": torch.tensor(0.0)})  # c: no valid pixel
+    close(total, 4 / 2 + math.log(2) / 2 + 3)
+    total.backward()
+    assert balancer.log_variance.grad[2] == 0
+
+
+def test_dwa_by_hand():
+    dwa = mtcp.DynamicWeightAverage(["a", "b"])
+    for L, weights in (((2.0, 2.0), [1, 1]), ((1.0, 2.0), None)):
+        dwa({"a": torch.tensor(L[0]), "b": torch.tensor(L[1])})
+        dwa.end_epoch()
+        if weights:
+            close(dwa.weights, weights)
+    e = math.exp(0.5 / 2), math.exp(1 / 2)
+    close(dwa.weights, [2 * e[0] / sum(e), 2 * e[1] / sum(e)])
+
+
+def _rank(rank: int, file: str, out: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    lps = LPS(["a", "b"], kappa=2.0)
+    for step in range(1 + rank):  # ranks with different numbers of steps
+        lps({"a": torch.expm1(torch.tensor(1.0 + rank + step)), "b": torch.expm1(torch.tensor(3.0))})
+    lps.end_epoch()
+    torch.save(lps.weights, f"{out}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_lps_reduces_over_ranks(tmp_path):
+    torch.multiprocessing.spawn(_rank, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    weights = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2)]
+    assert torch.equal(*weights)
+    raw = torch.tensor([5 / 2, 5 / 3])  # ℓ_a = (1 + 2 + 3) / 3 = 2 over both ranks' steps, ℓ_b = 3
+    close(weights[0], raw / raw.mean())
+
+
+# ======================================================================================================================
+# data.py: readers and layouts
+# ======================================================================================================================
+
+
+def write_nyud(root: Path, layout: str, size=(6, 8)) -> dict[str, dict]:
+    """A tiny archive in exactly the format of `layout`; returns what the loader should read."""
+    rng, expected = np.random.default_rng(0), {}
+    for folder in ("gt_sets", "images", "segmentation", "depth", "normals"):
+        (root / folder).mkdir(parents=True)
+    for split, stems in (("train", ["0003", "0007"]), ("val", ["0011"])):
+        (root / f"gt_sets/{split}.txt").write_text("\n".join(stems) + "\n")
+        for stem in stems:
+            image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+            Image.fromarray(image).save(root / f"images/{stem}.{'jpg' if layout == 'NYUD_MT' else 'png'}")
+            semseg = rng.integers(0, 41, size, dtype=np.uint8)
+            semseg[0, 0], semseg[0, 1], semseg[0, 2] = 0, 1, 40
+            Image.fromarray(semseg).save(root / f"segmentation/{stem}.png")
+            depth = rng.uniform(1, 9, size).astype(np.float32)
+            depth[1, 1], depth[1, 2] = 0, np.nan
+            np.save(root / f"depth/{stem}.npy", depth)
+            normals = rng.standard_normal((*size, 3)).astype(np.float32)
+            normals /= np.linalg.norm(normals, axis=2, keepdims=True)
+            normals[2, 2] = 0
+            if layout == "NYUD_MT":
+                np.save(root / f"normals/{stem}.npy", normals)
+            else:
+                Image.fromarray(((normals + 1) * 127.5).round().astype(np.uint8)).save(root / f"normals/{stem}.png")
+            expected[stem] = {"image": image, "semseg": semseg, "depth": depth, "normals": normals}
+    return expected
+
+
+@pytest.mark.parametrize("layout", ["NYUD_MT", "NYUDv2"])
+def test_nyud_reads_both_archives(tmp_path, layout):
+    expected = write_nyud(tmp_path, layout)
+    dataset = data.NYUD(tmp_path, "train")
+    assert dataset.layout == layout and len(dataset) == 2 and len(data.NYUD(tmp_path, "val")) == 1
+    for sample, (stem, truth) in zip((dataset[0], dataset[1]), expected.items(), strict=False):
+        assert sample["name"] == stem and sample["size"].tolist() == [6, 8]
+        if layout == "NYUDv2":  # lossless
+            mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+            close(sample["image"].permute(1, 2, 0), (truth["image"] / 255 - mean) / std)
+        assert sample["semseg"][0, :3].tolist() == [IGNORE_INDEX, 0, 39]
+        assert sample["semseg"].dtype == torch.int64
+        assert sample["depth"].shape == (1, 6, 8) and sample["depth"][0, 1, 1:3].tolist() == [0, 0]
+        close(sample["depth"][0, 2:], truth["depth"][2:])
+        assert sample["normals"][:, 2, 2].abs().max() == 0
+        # Eight bits: steps of 1/127.5, so up to about half a degree.
+        close(sample["normals"].permute(1, 2, 0), truth["normals"], 1e-6 if layout == "NYUD_MT" else 0.01)
+        close(sample["normals"].norm(dim=0)[3:], torch.ones(3, 8))
+
+
+def fails(match, *args, **kwargs):
+    with pytest.raises(data.DataError, match=match):
+        data.NYUD(*args, **kwargs)[0]
+
+
+def test_nyud_says_what_is_wrong(tmp_path):
+    root = tmp_path / "nyud"
+    fails("gt_sets/train.txt not found", root, "train")
+    write_nyud(root, "NYUD_MT")
+    (root / "depth/0007.npy").unlink()
+    fails(r"depth: 1 of 2 \(first: depth/0007.npy\)", root, "train")
+    assert len(data.NYUD(root, "train", ["semseg", "normals"])) == 2  # without that task, nothing is missing
+
+    depth = root / "depth/0003.npy"
+    only = {"stems": ["0003"]}
+    np.save(depth, np.ones((5, 8), np.float32))
+    fails("different archives", root, "train", **only)
+    np.save(depth, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    fails("0003.npy cannot be read", root, "train", **only)
+    np.save(depth, np.ones((6, 8), np.float32))
+    depth.write_bytes(depth.read_bytes()[:-20])
+    fails("0003.npy cannot be read", root, "train", **only)
+    np.save(depth, np.ones((6, 8), np.int32))
+    fails("expected floats", root, "train", **only)
+    np.save(depth, np.ones((6, 8), np.float32))
+    image = root / "images/0003.jpg"
+    image.write_bytes(image.read_bytes()[:100])
+    fails("0003.jpg cannot be read", root, "train", **only)
+
+
+def test_npy_header_is_not_trusted_for_its_size(tmp_path):
+    path = tmp_path / "huge.npy"
+    with open(path, "wb") as f:
+        np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**6)})
+    with pytest.raises(data.DataError, match="cannot be read"):
+        data.read_depth(path)  # and not 4 TB of memory
+
+
+def test_semseg_outside_the_classes_and_rgb_labels_are_refused(tmp_path):
+    Image.fromarray(np.full((2, 2), 41, np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(data.DataError, match="class 41"):
+        data.read_nyud_semseg(tmp_path / "a.png")
+    Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(tmp_path / "b.png")
+    with pytest.raises(data.DataError, match="one 8-bit channel"):
+        data.read_nyud_semseg(tmp_path / "b.png")
+
+
+def test_palette_labels_are_read_as_indices(tmp_path):
+    label = Image.fromarray(np.array([[1, 2], [40, 0]], np.uint8), mode="P")
+    label.putpalette(data.palette().flatten().tolist())
+    label.save(tmp_path / "a.png")
+    assert data.read_nyud_semseg(tmp_path / "a.png").tolist() == [[0, 1], [39, IGNORE_INDEX]]
+
+
+def test_old_archive_and_wandering_stems_are_refused(tmp_path):
+    write_nyud(tmp_path, "NYUD_MT")
+    (tmp_path / "normals/0003.jpg").write_bytes(b"")
+    fails("older NYUD_MT", tmp_path, "train")
+    (tmp_path / "gt_sets/train.txt").write_text("../../etc/passwd\n")
+    fails("no list of file stems", tmp_path, "train")
+
+
+def test_hold_out_splits_without_overlap():
+    stems = [str(i) for i in range(40)]
+    keep, held_out = data.hold_out(stems, 0.05)
+    assert keep + held_out == stems and len(held_out) == 2
+    assert data.hold_out(stems, 0.0) == (stems, [])
+
+
+# ======================================================================================================================
+# data.py: transforms
+# ======================================================================================================================
+
+
+def a_sample(H=12, W=16) -> dict:
+    torch.manual_seed(0)
+    return {
+        "image": torch.rand(3, H, W), "name": "x", "size": torch.tensor([H, W]),
+        "semseg": torch.randint(0, 40, (H, W)), "depth": torch.rand(1, H, W) + 1,
+        "normals": F.normalize(torch.randn(3, H, W), dim=0),
+    }  # fmt: skip
+
+
+def test_flip_twice_is_identity_for_every_key():
+    sample = a_sample()
+    twice = data.flip(data.flip(sample))
+    assert all(torch.equal(sample[k], twice[k]) for k in sample if k != "name")
+    once = data.flip(sample)
+    assert all(not torch.equal(sample[k], once[k]) for k in ("image", "semseg", "depth", "normals"))
+
+
+def test_flip_agrees_with_geometry():
+    """A slanted plane z = 2 + x: its normal computed from the flipped depth is the flipped normal."""
+    room = data.render_room(seed=0, index=3, height=48, width=64)
+    sample = {"image": torch.zeros(3, 48, 64), "depth": torch.from_numpy(room["depth"])[None]}
+    sample["normals"] = torch.from_numpy(room["normals"]).permute(2, 0, 1)
+    flipped = data.flip(sample)
+    # The mirrored camera has its principal point mirrored too.
+    fx, fy, cx, cy = data.nyu_intrinsics(48, 64)
+    angle = normals_error(flipped["depth"][0].numpy(), flipped["normals"].permute(1, 2, 0).numpy(), (fx, fy, 63 - cx, cy))
+    assert np.median(angle) < 1
+
+
+def test_zoom_divides_depth_and_keeps_the_centre():
+    sample = a_sample(13, 17)
+    sample["depth"][0, 6, 8], sample["semseg"][6, 8] = 3.0, 7
+    zoomed = data.zoom(sample, 1.5)
+    assert zoomed["depth"].shape == (1, 13, 17)
+    assert zoomed["depth"][0, 6, 8].item() == 2.0 and zoomed["semseg"][6, 8] == 7
+    assert torch.equal(data.zoom(sample, 1.0)["depth"], sample["depth"])
+
+
+def test_resize_invents_no_label():
+    sample = a_sample()
+    sample["depth"][:, ::2] = 0
+    small = data.resize(sample, (7, 9))
+    assert small["image"].shape == (3, 7, 9) and small["semseg"].dtype == torch.int64
+    for key in ("semseg", "depth"):
+        assert set(small[key].flatten().tolist()) <= set(sample[key].flatten().tolist())
+    close(small["normals"].norm(dim=0), torch.ones(7, 9))
+    assert data.resize_image(sample, (7, 9))["depth"].shape == (1, 12, 16)
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path):
+    write_nyud(tmp_path, "NYUDv2", size=(24, 32))
+    augment = partial(data.augment, scales=(1.0, 1.2, 1.5), jitter=0.2, size=None)
+
+    def images(seed, epoch, workers):
+        dataset = data.NYUD(tmp_path, "train", transform=augment, seed=seed)
+        dataset.epoch = epoch
+        loader = data.make_loader(dataset, 1, shuffle=True, seed=5, workers=workers)
+        return torch.cat([batch["image"] for batch in loader])
+
+    assert torch.equal(images(0, 1, workers=0), images(0, 1, workers=2))
+    assert not torch.equal(images(0, 1, 0), images(0, 2, 0))
+    assert not torch.equal(images(0, 1, 0), images(1, 1, 0))
+
+
+# ======================================================================================================================
+# data.py: rooms
+# ======================================================================================================================
+
+
+def normals_error(depth: np.ndarray, normals: np.ndarray, intrinsics: tuple) -> np.ndarray:
+    """Degrees between `normals` and those computed from depth by cross products, where the surface is smooth."""
+    fx, fy, cx, cy = intrinsics
+    v, u = np.mgrid[: depth.shape[0], : depth.shape[1]]
+    points = np.stack([(u - cx) * depth / fx, depth, -(v - cy) * depth / fy], axis=-1)  # right, forward, up
+    along_u, along_v = points[1:-1, 2:] - points[1:-1, :-2], points[2:, 1:-1] - points[:-2, 1:-1]
+    n = np.cross(along_u, along_v)
+    n /= np.maximum(np.linalg.norm(n, axis=2, keepdims=True), 1e-9)
+    n *= -np.sign((n * points[1:-1, 1:-1]).sum(axis=2, keepdims=True))  # towards the camera
+    same = [np.abs(np.roll(normals, s, a) - normals).max(axis=2) < 0.05 for a in (0, 1) for s in (1, -1)]
+    second = [np.abs(np.roll(depth, 1, a) + np.roll(depth, -1, a) - 2 * depth) < 0.02 for a in (0, 1)]
+    smooth = (np.all(same, axis=0) & np.all(second, axis=0) & (depth > 0))[1:-1, 1:-1]
+    assert smooth.mean() > 0.3
+    return np.degrees(np.arccos(np.clip((n * normals[1:-1, 1:-1]).sum(axis=2), -1, 1)))[smooth]
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_rendered_normals_are_those_of_the_rendered_depth(index):
+    room = data.render_room(seed=0, index=index, height=96, width=128)
+    angle = normals_error(room["depth"], room["normals"], data.nyu_intrinsics(96, 128))
+    assert np.percentile(angle, 95) < 3, f"95 % of the angles are below {np.percentile(angle, 95):.1f}°"
+    length = np.linalg.norm(room["normals"], axis=2)
+    assert np.all((length == 0) == (room["depth"] == 0)) and np.allclose(length[length > 0], 1, atol=1e-5)
+
+
+def test_same_seed_same_bytes():
+    a, b, c = (data.render_room(s, 5, 24, 32) for s in (0, 0, 1))
+    assert all(np.array_equal(a[k], b[k]) for k in a)
+    assert not np.array_equal(a["image"], c["image"])
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def test_rooms_cut_short_are_finished_and_nothing_is_overwritten(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    make = partial(data.write_rooms, train=3, val=2, size=(24, 32), seed=7)
+    make(a)
+    make(b)
+    assert files(a) == files(b) and len(files(a)) == 5 * 4 + 3
+    marker = json.loads((a / "rooms.json").read_text())
+    (a / "rooms.json").write_text(json.dumps({**marker, "complete": False}))  # as if killed half way
+    (a / "gt_sets/val.txt").unlink()
+    (a / "normals/room_00004.npy").unlink()
+    (a / "depth/room_00004.npy").write_bytes(b"torn")
+    make(a)
+    assert files(a) == files(b)
+    with pytest.raises(data.DataError, match="holds rooms with"):
+        make(a, seed=8)
+    assert files(a) == files(b)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("precious")
+    with pytest.raises(data.DataError, match="not empty"):
+        make(tmp_path / "mine")
+
+
+@pytest.fixture(scope="module")
+def rooms(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "rooms"
+    data.write_rooms(root, train=12, val=4, size=(64, 96))
+    return root
+
+
+def test_check_passes_rooms_and_finds_what_is_broken(rooms, tmp_path, capsys):
+    assert data.check(rooms, tmp_path / "sheet.png") == 0
+    said = capsys.readouterr().out
+    assert "train: 12 stems, layout NYUD_MT" in said and "wall" in said and "no problems" in said
+    assert Image.open(tmp_path / "sheet.png").width > 4 * 100
+
+    write_nyud(tmp_path / "n", "NYUD_MT")
+    (tmp_path / "n/segmentation/0011.png").unlink()
+    np.save(tmp_path / "n/normals/0003.npy", np.full((6, 8, 3), 0.9, np.float32))
+    (tmp_path / "n/depth/0007.npy").write_bytes(b"")
+    assert data.check(tmp_path / "n", tmp_path / "sheet.png") >= 3
+    said = capsys.readouterr().out
+    assert "val semseg: 1 of 1 files missing" in said
+    assert "not unit vectors in 1 files" in said and "0007.npy cannot be read" in said
+
+
+# ======================================================================================================================
+# train.py: metrics
+# ======================================================================================================================
+
+
+def test_miou_against_brute_force():
+    torch.manual_seed(0)
+    metric, task = train.SegmentationMetric(replace(NYUD[0], channels=5)), None
+    preds, truths = [], []
+    for _ in range(3):
+        logits, target = torch.randn(2, 5, 4, 6), torch.randint(0, 4, (2, 4, 6))  # class 4: predicted, never true
+        target[:, 0] = IGNORE_INDEX
+        metric.update(logits, target)
+        preds += logits.argmax(1).flatten().tolist()
+        truths += target.flatten().tolist()
+    pairs = [(p, t) for p, t in zip(preds, truths, strict=True) if t != IGNORE_INDEX]
+    iou = []
+    for c in range(4):
+        both = sum(p == c and t == c for p, t in pairs)
+        iou.append(both / sum(p == c or t == c for p, t in pairs))
+    close(metric.compute()["mIoU"], 100 * sum(iou) / 4)
+    close(metric.compute()["pixel_acc"], 100 * sum(p == t for p, t in pairs) / len(pairs))
+
+
+def test_depth_rmse_in_both_protocols():
+    metric = train.DepthMetric(NYUD[1])
+    metric.update(torch.tensor([[[[1.0, 5.0]]]]), torch.tensor([[[[2.0, 0.0]]]]))
+    metric.update(torch.tensor([[[[4.0, 9.0]]]]), torch.tensor([[[[2.0, 6.6]]]]))
+    close(metric.compute()["rmse"], math.sqrt((1 + 4 + 2.4**2) / 3))
+    close(metric.compute()["rmse_lt6.55"], math.sqrt((1 + 4) / 2))
+
+
+def test_normals_metric_against_brute_force():
+    torch.manual_seed(0)
+    metric, angles = train.NormalsMetric(NYUD[2]), []
+    for _ in range(2):
+        a, b = (F.normalize(torch.randn(2, 3, 5, 7), dim=1) for _ in range(2))
+        a[:, :, 1] = F.normalize(b[:, :, 1] + 0.1, dim=1)  # some small angles
+        b[:, :, 0] = 0
+        metric.update(a, b)
+        angles += [
+            math.degrees(math.acos(max(-1.0, min(1.0, (a[i, :, y, x] * b[i, :, y, x]).sum().item()))))
+            for i, y, x in np.ndindex(2, 5, 7)
+            if y > 0
+        ]
+    out = metric.compute()
+    close(out["mean"], np.mean(angles), 1e-3)
+    close(out["median"], np.sort(angles)[(len(angles) - 1) // 2], 0.011)  # bins of 0.01°
+    for limit in (11.25, 22.5, 30):
+        close(out[f"below_{limit}"], 100 * np.mean(np.array(angles) < limit))
+
+
+def test_metrics_of_nothing_are_nan():
+    metric = train.DepthMetric(NYUD[1])
+    metric.update(torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
+    assert math.isnan(metric.compute()["rmse"])
+    assert math.isnan(train.NormalsMetric(NYUD[2]).compute()["mean"])
+
+
+def test_trivial_predictor_and_score(tmp_path):
+    write_nyud(tmp_path, "NYUD_MT")
+    dataset = data.NYUD(tmp_path, "train")
+    constant = train.ConstantPredictor(NYUD, data.make_loader(dataset, 2, False, 0, 0))
+    a, b = dataset[0], dataset[1]
+    depth = torch.cat([s["depth"][s["depth"] > 0] for s in (a, b)])
+    out = constant(torch.zeros(1, 3, 6, 8))
+    close(out["depth"]["final"], depth.mean().expand(1, 1, 6, 8))
+    classes = torch.cat([s["semseg"].flatten() for s in (a, b)])
+    majority = classes[classes != IGNORE_INDEX].bincount(minlength=40)
+    assert majority[out["semseg"]["final"].argmax(1)[0, 0, 0]] == majority.max()
+    mean = sum(s["normals"].sum(dim=(1, 2)) for s in (a, b))
+    close(out["normals"]["final"][0, :, 0, 0], mean / mean.norm())
+
+    trivial = {"semseg": {"mIoU": 10.0}, "depth": {"rmse": 2.0}, "normals": {"mean": 40.0}}
+    results = {"semseg": {"mIoU": 15.0}, "depth": {"rmse": 1.0}, "normals": {"mean": 44.0}}
+    close(train.score(NYUD, results, trivial), (50 + 50 - 10) / 3)
+
+
+def test_evaluation_is_at_the_labels_resolution():
+    y = train.at_label_size(NYUD[2], F.normalize(torch.randn(1, 3, 4, 4), dim=1), torch.zeros(1, 3, 9, 7))
+    assert y.shape == (1, 3, 9, 7)
+    close(y.norm(dim=1), torch.ones(1, 9, 7))
+
+
+def test_schedule():
+    assert train.lr_factor(0, 100, 0) == 1 and train.lr_factor(100, 100, 0) == 0
+    close(train.lr_factor(50, 100, 0), 0.5**0.9)
+    assert train.lr_factor(0, 100, 9) == pytest.approx(0.1)
+
+
+# ======================================================================================================================
+# train.py: runs
+# ======================================================================================================================
+
+
+def run(rooms: Path, out: Path, *flags: str) -> dict:
+    base = ["--root", str(rooms), "--out", str(out), "--batch-size", "4", "--workers", "0", "--device", "cpu"]
+    return train.main(train.parse_args([*base, *flags]))
+
+
+@pytest.fixture(autouse=True)
+def rooms_are_there(monkeypatch):
+    """The default set takes a minute to render; the runs below bring a small one."""
+    monkeypatch.setattr(data, "write_rooms", lambda root: None)
+
+
+def test_a_run_writes_its_folder_and_repeats_and_resumes_exactly(rooms, tmp_path, monkeypatch):
+    whole = run(rooms, tmp_path / "a", "--epochs", "2", "--holdout", "0.2")
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {
+        "config.json", "log.jsonl", "last.pt", "best.pt", "metrics.json", "predictions.png",
+    }  # fmt: skip
+    log = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
+    assert [entry["epoch"] for entry in log] == [0, 1] and log[0]["weight"] == {"semseg": 1, "depth": 1, "normals": 1}
+    assert log[1]["weight"]["semseg"] != 1  # LPS has acted
+    assert set(whole["test"]["depth"]) == {"rmse", "rmse_lt6.55", "cosine_before", "cosine_after"}
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # pull the plug at the start of the second epoch
+        original, calls = mtcp.LPS.end_epoch, []
+        patch.setattr(mtcp.LPS, "end_epoch", lambda self: stop() if calls else (calls.append(1), original(self)))
+        with pytest.raises(KeyboardInterrupt):
+            run(rooms, tmp_path / "b", "--epochs", "2", "--holdout", "0.2")
+    resumed = run(rooms, tmp_path / "b", "--epochs", "2", "--holdout", "0.2", "--resume")
+    assert resumed["test"] == whole["test"]
+    with pytest.raises(data.DataError, match="not empty"):
+        run(rooms, tmp_path / "b")
+
+    args = train.parse_args(["--root", str(rooms), "--eval", str(tmp_path / "a/best.pt"), "--workers", "0", "--device", "cpu"])
+    assert train.evaluate_checkpoint(args)["test"]["depth"]["rmse"] == pytest.approx(whole["test"]["depth"]["rmse"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--balancer", "uncertainty", "--tasks", "depth", "--amp"],
+        ["--balancer", "dwa", "--no-cfm", "--tasks", "semseg", "normals", "--size", "40", "56", "--holdout", "0"],
+        ["--balancer", "equal", "--no-trace-back", "--cfm-stride", "2"],
+    ],
+)
+def test_flags(rooms, tmp_path, flags):
+    report = run(rooms, tmp_path / "run", "--epochs", "1", *flags)
+    assert all(math.isfinite(v) for metrics in report["test"].values() for v in metrics.values())
+
+
+def test_a_tiny_run_overfits_four_images(rooms):
+    torch.manual_seed(0)
+    dataset = data.NYUD(rooms, "train", stems=data.read_split(rooms, "train")[:4])
+    batch = next(iter(data.make_loader(dataset, 4, False, 0, 0)))
+    model, balancer = MTCP(NYUD, TOY).train(), LPS([t.name for t in NYUD], kappa=7.5, prioritise=False)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    for _ in range(120):
+        outputs = model(batch["image"])
+        total = balancer(mtcp.task_losses(NYUD, outputs, batch))
+        optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), train.CLIP_NORM)
+        optimizer.step()
+    metrics = {}
+    for t in NYUD:
+        metric = train.METRICS[t.metric](t)
+        metric.update(outputs[t.name]["final"].detach(), batch[t.name])
+        metrics |= metric.compute()
+    assert metrics["pixel_acc"] > 90 and metrics["rmse"] < 0.35 and metrics["mean"] < 15, metrics
+
+
+@pytest.mark.parametrize(
+    "flags,said",
+    [
+        (["--dataset", "nyud"], "needs --root"),
+        (["--dataset", "nyud", "--root", "nowhere"], "gt_sets"),
+        (["--tasks", "edges"], "semseg depth normals"),
+        (["--epochs", "0"], "positive"),
+        (["--eval", "nowhere.pt"], "nowhere.pt not found"),
+        (["--resume"], "needs --out"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_status_2(tmp_path, flags, said):
+    done = subprocess.run([sys.executable, HERE / "train.py", *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_cannot_run_code(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "boom",))
+
+    torch.save({"args": Bomb(), "model": {}}, tmp_path / "evil.pt")
+    with pytest.raises(data.DataError, match="not a checkpoint"):
+        train.load_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "boom").exists()
+
+
+def test_an_unmatched_tensor_is_an_error_that_names_it(rooms, tmp_path):
+    args = train.parse_args(["--root", str(rooms), "--tasks", "depth", "--no-trace-back"])
+    state = train.make_model(args).state_dict()
+    del state["pixel_decoder.to_P.bias"]
+    with pytest.raises(data.DataError, match="pixel_decoder.to_P.bias"):
+        train.model_from({"args": train.plain_args(args), "model": state}, tmp_path / "x.pt")

@@ -1,0 +1,573 @@
+"""Train and evaluate MT-CP. One script, one loop, in plain sight: `main` follows a batch from disk to optimiser step.
+
+    python train.py                                          rendered rooms, toy preset: minutes on a laptop's CPU
+    python train.py --dataset nyud --root DIR --pretrained --amp                    NYUD-v2, paper preset, on a GPU
+    python train.py --balancer equal --no-cfm --no-trace-back                       switch off what the paper adds
+    python train.py --out runs/mine; python train.py --out runs/mine --resume       go on where a run was cut off
+    python train.py --eval runs/mine/best.pt                                        evaluate a checkpoint
+
+A run folder holds config.json (all arguments), log.jsonl (a line per epoch), last.pt and best.pt, metrics.json (final
+figures on the test split) and predictions.png.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import mtcp
+from mtcp import IGNORE_INDEX, MTCP, Task
+
+# ======================================================================================================================
+# Arguments
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults that go with a dataset; every one of them but `tasks` and `scales` is also a flag."""
+
+    tasks: tuple[Task, ...]
+    preset: str
+    root: str | None
+    epochs: int
+    batch_size: int
+    lr: float
+    kappa: float  # spread of the LPS weights
+    warmup: int  # steps
+    scales: tuple[float, ...]  # of the random zoom
+    jitter: float  # colour factors are drawn from 1 ± jitter
+
+
+RECIPES = {
+    # From scratch: a large learning rate, and a warm-up to survive it.
+    "rooms": Recipe(mtcp.NYUD, "toy", "data/rooms", 7, 8, 2e-3, 7.5, 50, (1.0, 1.2, 1.5), 0.2),
+    # The authors' released recipe, which starts from pretrained weights.
+    "nyud": Recipe(mtcp.NYUD, "paper", None, 100, 2, 5e-5, 7.5, 0, (1.0, 1.2, 1.5), 0.0),
+}
+WEIGHT_DECAY = 1e-4
+CLIP_NORM = 5.0  # gradients longer than this are shortened to it
+POLY_POWER = 0.9
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--dataset", choices=list(RECIPES), default="rooms")
+    p.add_argument("--root", help="folder of the dataset (rooms: rendered there if absent; default data/rooms)")
+    p.add_argument("--preset", choices=list(mtcp.PRESETS), help="sizes of the network (rooms: toy, nyud: paper)")
+    p.add_argument("--tasks", nargs="+", metavar="TASK", help="some of the dataset's tasks (default: all)")
+    p.add_argument(
+        "--pretrained", action="store_true", help="start the backbone from timm's ImageNet weights (download)"
+    )
+    p.add_argument("--no-cfm", dest="cfm", action="store_false", help="tasks do not exchange features")
+    p.add_argument("--no-trace-back", dest="trace_back", action="store_false", help="decode X_hat directly")
+    p.add_argument("--cfm-stride", type=int, default=None, help="pool the keys and values of CFM (1 = exact)")
+    p.add_argument("--balancer", choices=["lps", "equal", "uncertainty", "dwa"], default="lps")
+    p.add_argument("--no-log", dest="log", action="store_false", help="LPS without its logarithm")
+    p.add_argument("--no-prioritise", dest="prioritise", action="store_false", help="LPS without its weights")
+    p.add_argument("--kappa", type=float, help="spread of the LPS weights (rooms, nyud: 7.5)")
+    p.add_argument("--epochs", type=int)
+    p.add_argument("--batch-size", type=int)
+    p.add_argument("--lr", type=float, help="of AdamW, at its highest")
+    p.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="resize images to this (default: as they are)")
+    p.add_argument("--holdout", type=float, default=0.05, help="share of the training split that chooses best.pt")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--workers", type=int, default=2, help="processes that load data; 0: none beside this one")
+    p.add_argument("--device", help="cpu, cuda, mps, … (default: the best there is)")
+    p.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    p.add_argument("--out", type=Path, help="run folder (default: runs/DATASET-N, N counting up)")
+    p.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
+    p.add_argument("--eval", type=Path, metavar="CHECKPOINT", help="evaluate only")
+    args = p.parse_args(argv)
+    return fill_in(args, p)
+
+
+def fill_in(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Defaults from the dataset's recipe, and one clear sentence for what cannot work."""
+    recipe = RECIPES[args.dataset]
+    for key in ("root", "preset", "epochs", "batch_size", "lr", "kappa"):
+        if getattr(args, key) is None:
+            setattr(args, key, getattr(recipe, key))
+    names = [t.name for t in recipe.tasks]
+    args.tasks = args.tasks or names
+    unknown = [t for t in args.tasks if t not in names]
+    if unknown or len(set(args.tasks)) < len(args.tasks):
+        parser.error(f"--tasks takes different ones of {' '.join(names)}, not {' '.join(args.tasks)}")
+    if args.root is None:
+        parser.error(
+            f"--dataset {args.dataset} needs --root, the folder of the archive;\n{data.NYUD_HELP.format(root='it')}"
+        )
+    if min(args.epochs, args.batch_size, *(args.size or [1])) < 1 or args.lr <= 0 or args.workers < 0 or args.seed < 0:
+        parser.error("--epochs, --batch-size, --size and --lr take positive numbers; --workers and --seed 0 or more")
+    if not 0 <= args.holdout < 1:
+        parser.error("--holdout is a share of the training split, at least 0 and less than 1")
+    if args.resume and args.out is None:
+        parser.error("--resume needs --out, the folder of the run to go on with")
+    args.device = args.device or best_device()
+    return args
+
+
+def best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+# ======================================================================================================================
+# Setup: data, network, balancer, schedule
+# ======================================================================================================================
+
+
+def make_datasets(args: argparse.Namespace) -> tuple[data.NYUD, data.NYUD | None, data.NYUD]:
+    """(training, held-out or None, test). The first transforms, the others only resize the image if --size asks for it."""
+    root, recipe = Path(args.root), RECIPES[args.dataset]
+    if args.dataset == "rooms":
+        data.write_rooms(root)
+    keep, held_out = data.hold_out(data.read_split(root, "train"), args.holdout)
+    size = tuple(args.size) if args.size else None
+    augment = partial(data.augment, scales=recipe.scales, jitter=recipe.jitter, size=size)
+    plain = None if size is None else lambda sample, rng: data.resize_image(sample, size)
+    train = data.NYUD(root, "train", args.tasks, augment, keep, args.seed)
+    chooser = data.NYUD(root, "train", args.tasks, plain, held_out) if held_out else None
+    return train, chooser, data.NYUD(root, "val", args.tasks, plain)
+
+
+def make_model(args: argparse.Namespace) -> MTCP:
+    tasks = tuple(t for t in RECIPES[args.dataset].tasks if t.name in args.tasks)
+    changes = {"cfm": args.cfm, "trace_back": args.trace_back, "pretrained": args.pretrained}
+    if args.cfm_stride is not None:
+        changes["cfm_stride"] = args.cfm_stride
+    return MTCP(tasks, replace(mtcp.PRESETS[args.preset], **changes))
+
+
+def make_balancer(args: argparse.Namespace, names: list[str]) -> nn.Module:
+    if args.balancer == "lps":
+        return mtcp.LPS(names, args.kappa, log=args.log, prioritise=args.prioritise)
+    others = {
+        "equal": mtcp.EqualWeights, "uncertainty": mtcp.UncertaintyWeights, "dwa": mtcp.DynamicWeightAverage,
+    }  # fmt: skip
+    return others[args.balancer](names)
+
+
+def lr_factor(step: int, total: int, warmup: int) -> float:
+    """Linear warm-up, then polynomial decay to zero, as a factor of --lr."""
+    return min(1.0, (step + 1) / (warmup + 1)) * (1 - step / total) ** POLY_POWER
+
+
+# ======================================================================================================================
+# Metrics. Each takes batches of predictions and labels at the labels' resolution, and keeps sums over the whole split.
+# ======================================================================================================================
+
+
+class SegmentationMetric:
+    """mIoU and pixel accuracy, in %, from one confusion matrix over the split.
+
+    A class that never occurs in the ground truth is left out of the mean: its IoU would be 0 or undefined by luck.
+    """
+
+    def __init__(self, task: Task):
+        self.confusion = torch.zeros(task.channels, task.channels, dtype=torch.int64)  # [truth, prediction]
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """logits (B,K,H,W), target (B,H,W)"""
+        n, valid = len(self.confusion), target != IGNORE_INDEX
+        pairs = target[valid] * n + logits.argmax(dim=1)[valid]
+        self.confusion += torch.bincount(pairs, minlength=n * n).view(n, n).cpu()
+
+    def compute(self) -> dict[str, float]:
+        hit, truth, predicted = self.confusion.diag(), self.confusion.sum(dim=1), self.confusion.sum(dim=0)
+        iou = hit / (truth + predicted - hit)
+        return {"mIoU": 100 * iou[truth > 0].mean().item(), "pixel_acc": 100 * (hit.sum() / truth.sum()).item()}
+
+
+class DepthMetric:
+    """Root mean square error in metres over all valid pixels of the split, not the mean of the images' RMSEs.
+
+    rmse          valid = depth > 0: ATRC, InvPT, TaskPrompter, MTMamba, …
+    rmse_lt6.55   valid = 0 < depth < 6.5535 m: MTFormer, MT-CP. Far pixels, where errors are large, do not count, so
+                  this figure is lower; never compare one with the other.
+    """
+
+    limits = {"rmse": math.inf, "rmse_lt6.55": 6.5535}
+
+    def __init__(self, task: Task):
+        self.squares, self.count = dict.fromkeys(self.limits, 0.0), dict.fromkeys(self.limits, 0)
+
+    def update(self, depth: Tensor, target: Tensor) -> None:
+        """depth, target (B,1,H,W)"""
+        for name, limit in self.limits.items():
+            valid = (target > 0) & (target < limit)
+            self.squares[name] += (depth - target)[valid].double().square().sum().item()
+            self.count[name] += valid.sum().item()
+
+    def compute(self) -> dict[str, float]:
+        return {k: math.sqrt(self.squares[k] / self.count[k]) if self.count[k] else math.nan for k in self.limits}
+
+
+class NormalsMetric:
+    """Angle between predicted and true normals in degrees: mean, median, and % of pixels below 11.25, 22.5 and 30.
+
+    The angles are counted in bins of 0.01°, since a real split has 200 million of them: the median is exact to that.
+    """
+
+    def __init__(self, task: Task):
+        self.total, self.bins = 0.0, torch.zeros(18001, dtype=torch.int64)
+
+    def update(self, normals: Tensor, target: Tensor) -> None:
+        """unit normals, target (B,3,H,W)"""
+        valid = target.square().sum(dim=1) > 0.25
+        # atan2 of |a×b| and a·b: the arc cosine of a dot product next to 1 has lost its digits in float32.
+        cross = torch.linalg.cross(normals.float(), target, dim=1).norm(dim=1)
+        angle = torch.rad2deg(torch.atan2(cross, (normals.float() * target).sum(dim=1)))[valid]
+        self.total += angle.double().sum().item()
+        self.bins += torch.bincount((angle * 100).long().cpu(), minlength=18001)
+
+    def compute(self) -> dict[str, float]:
+        n, below = self.bins.sum().item(), self.bins.cumsum(dim=0)
+        if n == 0:
+            return dict.fromkeys(("mean", "median", "below_11.25", "below_22.5", "below_30"), math.nan)
+        median = torch.searchsorted(below, (n + 1) // 2).item() / 100
+        shares = {f"below_{a}": 100 * below[int(a * 100) - 1].item() / n for a in (11.25, 22.5, 30)}
+        return {"mean": self.total / n, "median": median, **shares}
+
+
+METRICS = {"mIoU": SegmentationMetric, "rmse": DepthMetric, "mean": NormalsMetric}  # by a task's headline figure
+
+
+def as_label(task: Task, y: Tensor) -> Tensor:
+    """A prediction (channels,H,W) in the format of the task's label, for pictures."""
+    return y.argmax(dim=0) if task.output == "logits" else y
+
+
+# ======================================================================================================================
+# Evaluation
+# ======================================================================================================================
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, tasks: tuple[Task, ...], loader, device: str, amp: bool = False) -> dict[str, dict]:
+    """{task name: {metric: value}} over the whole loader, at the labels' resolution.
+
+    For a model with CFM also cosine_before and cosine_after: the mean cosine distance of X_t, and of X̂_t, to the
+    auxiliaries (see mtcp.cosine_distance).
+    """
+    model.eval()
+    metrics = {t.name: METRICS[t.metric](t) for t in tasks}
+    with CosineProbe(model) as cosine:
+        for batch in tqdm(loader, desc="evaluating", leave=False):
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
+                outputs = model(batch["image"].to(device))
+            for t in tasks:
+                y, target = outputs[t.name]["final"].float(), batch[t.name].to(device)
+                metrics[t.name].update(at_label_size(t, y, target), target)
+    return {t.name: {**metrics[t.name].compute(), **cosine.means(t.name)} for t in tasks}
+
+
+def at_label_size(task: Task, y: Tensor, target: Tensor) -> Tensor:
+    """Prediction (B,channels,h,w) → (B,channels,H,W) of the label; normals are brought back to length 1."""
+    if y.shape[-2:] == target.shape[-2:]:
+        return y
+    y = mtcp.resize(y, target.shape[-2:])
+    return F.normalize(y, dim=1) if task.output == "unit" else y
+
+
+class CosineProbe:
+    """Listens to the CFM of every task while the `with` block runs, so that the forward pass need not report on itself."""
+
+    def __init__(self, model: nn.Module):
+        self.modules = getattr(model, "cfm", None) or {}
+        self.seen = {t: [] for t in self.modules}
+
+    def __enter__(self):
+        self.hooks = [m.register_forward_hook(partial(self.record, t)) for t, m in self.modules.items()]
+        return self
+
+    def __exit__(self, *exception):
+        for hook in self.hooks:
+            hook.remove()
+
+    def record(self, t: str, module: nn.Module, inputs: tuple, X_hat: Tensor) -> None:
+        X_t, auxiliaries = inputs
+        self.seen[t].append([mtcp.cosine_distance(x, auxiliaries).item() for x in (X_t, X_hat)])
+
+    def means(self, t: str) -> dict[str, float]:
+        return dict(zip(("cosine_before", "cosine_after"), np.mean(self.seen[t], axis=0))) if self.seen.get(t) else {}
+
+
+class ConstantPredictor(nn.Module):
+    """The trivial predictor: the majority class, the mean depth, the mean normal of the training split, everywhere.
+
+    What a network must beat before it can be said to have looked at the image.
+    """
+
+    def __init__(self, tasks: tuple[Task, ...], loader):
+        super().__init__()
+        totals = {t.name: torch.zeros(t.channels, dtype=torch.float64) for t in tasks}
+        count = dict.fromkeys(totals, 0)
+        for batch in tqdm(loader, desc="trivial predictor", leave=False):
+            for t in tasks:
+                target = batch[t.name]
+                if t.output == "logits":
+                    totals[t.name] += torch.bincount(target[target != IGNORE_INDEX], minlength=t.channels)
+                else:
+                    totals[t.name] += target.sum(dim=(0, 2, 3))  # invalid pixels are all-zero
+                    count[t.name] += (target != 0).any(dim=1).sum().item()
+        self.constants = {n: (v / max(count[n], 1)).float() for n, v in totals.items()}
+        self.constants |= {t.name: F.normalize(self.constants[t.name], dim=0) for t in tasks if t.output == "unit"}
+
+    def forward(self, x: Tensor) -> dict[str, dict]:
+        def everywhere(c):
+            return c.to(x.device)[None, :, None, None].expand(len(x), -1, *x.shape[-2:])
+
+        return {name: {"final": everywhere(c)} for name, c in self.constants.items()}
+
+
+def score(tasks: tuple[Task, ...], results: dict, trivial: dict) -> float:
+    """Mean over tasks of the relative gain over the trivial predictor, in %: one number to choose the best epoch by."""
+    gains = [t.better * (results[t.name][t.metric] / trivial[t.name][t.metric] - 1) for t in tasks]
+    return 100 * float(np.mean(gains))
+
+
+@torch.no_grad()
+def save_predictions(model: nn.Module, tasks: tuple[Task, ...], dataset, device: str, path: Path, n: int = 6) -> None:
+    """Rows: n samples spread over the dataset. Columns: the image, then truth and prediction for each task."""
+    model.eval()
+    rows = []
+    for i in np.linspace(0, len(dataset) - 1, min(n, len(dataset))).astype(int):
+        sample = dataset[i]
+        outputs = model(sample["image"][None].to(device))
+        row = [data.picture("image", sample["image"])]
+        for t in tasks:
+            truth = sample[t.name]
+            y = at_label_size(t, outputs[t.name]["final"].float(), truth[None])[0]
+            row += [data.picture(t.name, truth), data.picture(t.name, as_label(t, y.cpu()))]
+        rows.append(row)
+    titles = ["image"] + [f"{t.name}, {what}" for t in tasks for what in ("truth", "prediction")]
+    data.contact_sheet(titles, rows).save(path)
+
+
+# ======================================================================================================================
+# Saving, loading, printing
+# ======================================================================================================================
+
+
+def new_run_folder(args: argparse.Namespace) -> Path:
+    """--out, or the next free runs/DATASET-N. Raises DataError rather than write into a folder that holds something."""
+    if args.out is None:
+        n = 1
+        while Path(f"runs/{args.dataset}-{n}").exists():
+            n += 1
+        out = Path(f"runs/{args.dataset}-{n}")
+    else:
+        out = args.out
+        if out.exists() and any(out.iterdir()) and not args.resume:
+            raise data.DataError(f"{out} is not empty: choose another --out, or go on with that run by --resume")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def save_checkpoint(path: Path, **content) -> None:
+    data.save(path, lambda f: torch.save(content, f))
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A file written by save_checkpoint; DataError if it is none. weights_only: a checkpoint cannot run code."""
+    if not path.is_file():
+        raise data.DataError(f"checkpoint {path} not found")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return {"args": checkpoint["args"], "model": checkpoint["model"], **checkpoint}
+    except Exception as error:
+        raise data.DataError(f"{path} is not a checkpoint of train.py ({type(error).__name__}: {error})") from error
+
+
+def model_from(checkpoint: dict, path: Path) -> MTCP:
+    """The network a checkpoint was saved from, with its weights; an unmatched tensor is an error that names it."""
+    model = make_model(argparse.Namespace(**{**checkpoint["args"], "pretrained": False}))
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise data.DataError(f"{path} does not fit the network that its own arguments describe: {error}") from error
+    return model
+
+
+def plain_args(args: argparse.Namespace) -> dict:
+    """The arguments as JSON has them."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+
+
+def header(tasks: tuple[Task, ...]) -> str:
+    columns = "".join(f" │ {t.name + ':':9s} loss  weight {t.metric:>6s}" for t in tasks)
+    return f"epoch  time{columns}"
+
+
+def table_row(epoch: int, seconds: float, tasks, losses: dict, weights: Tensor, results: dict | None) -> str:
+    def figure(t):
+        return f"{results[t.name][t.metric]:6.2f}" if results else "     –"
+
+    columns = "".join(
+        f" │ {losses[t.name]:14.3f} {w:7.2f} {figure(t)}" for t, w in zip(tasks, weights.tolist(), strict=True)
+    )
+    return f"{epoch + 1:5d} {seconds:4.0f}s{columns}"
+
+
+def final_table(tasks: tuple[Task, ...], results: dict, trivial: dict) -> str:
+    lines = [f"{'test split':28s} {'model':>9s} {'trivial':>9s}"]
+    for t in tasks:
+        for metric, value in results[t.name].items():
+            arrow = {1: "↑", -1: "↓"}[t.better] if metric == t.metric else " "
+            constant = f"{trivial[t.name][metric]:9.3f}" if metric in trivial[t.name] else f"{'':9s}"
+            lines.append(f"{t.name + ' ' + metric:26s} {arrow} {value:9.3f} {constant}")
+    return "\n".join(lines)
+
+
+# ======================================================================================================================
+# Main
+# ======================================================================================================================
+
+
+def main(args: argparse.Namespace) -> dict:
+    """Trains as `args` say and returns what metrics.json holds."""
+    started = time.time()
+    torch.manual_seed(args.seed)  # the initial weights
+    train_set, chooser_set, test_set = make_datasets(args)
+    out = new_run_folder(args)
+    device = args.device
+    model = make_model(args).to(device, memory_format=torch.channels_last)  # faster, on CPU and GPU alike
+    tasks = model.tasks
+    balancer = make_balancer(args, model.names).to(device)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": model.parameters(), "weight_decay": WEIGHT_DECAY},
+            {"params": balancer.parameters(), "weight_decay": 0.0},  # Kendall's σ: decay would pull them to 1
+        ],
+        lr=args.lr,
+        fused=True,
+    )
+    steps = args.epochs * len(loader_for(train_set, args, shuffle=True))
+    factor = partial(lr_factor, total=steps, warmup=RECIPES[args.dataset].warmup)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    start, best = 0, -math.inf
+    if args.resume:
+        saved = load_checkpoint(out / "last.pt")
+        for name, part in (
+            ("model", model),
+            ("balancer", balancer),
+            ("optimizer", optimizer),
+            ("scheduler", scheduler),
+        ):
+            part.load_state_dict(saved[name])
+        start, best = saved["epoch"] + 1, saved["best"]
+    else:
+        data.save(out / "config.json", lambda f: f.write(json.dumps(plain_args(args), indent=2).encode()))
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{out}: {args.preset} preset, {parameters / 1e6:.1f} M parameters, {len(train_set)} images, on {device}")
+
+    constant = ConstantPredictor(tasks, loader_for(train_set, args, shuffle=False))
+    if chooser_set is not None:
+        trivial = evaluate(constant, tasks, loader_for(chooser_set, args, shuffle=False), device)
+    print(header(tasks))
+    for epoch in range(start, args.epochs):
+        # Every epoch starts from its own seed, so that a resumed run draws what the uninterrupted one would have drawn.
+        torch.manual_seed(args.seed + 1000 * (epoch + 1))
+        epoch_started, train_set.epoch = time.time(), epoch
+        model.train()
+        sums = dict.fromkeys(model.names, 0.0)
+        bar = tqdm(loader_for(train_set, args, shuffle=True, epoch=epoch), desc=f"epoch {epoch + 1}", leave=False)
+        for batch in bar:
+            images = batch["image"].to(device, memory_format=torch.channels_last)
+            targets = {t: batch[t].to(device) for t in model.names}
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.amp):
+                outputs = model(images)
+            losses = mtcp.task_losses(tasks, outputs, targets)  # {task: L_t}
+            total = balancer(losses)  # Σ_t w_t log(1 + L_t)
+            if not torch.isfinite(total):
+                values = {t: loss.item() for t, loss in losses.items()}
+                raise FloatingPointError(f"loss is {total.item()} in epoch {epoch + 1} ({values}): try a lower --lr")
+            optimizer.zero_grad()
+            total.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)  # before the step: after it, it would do nothing
+            optimizer.step()
+            scheduler.step()
+            for t, loss in losses.items():
+                sums[t] += loss.item() / len(bar)
+        weights = balancer.weights.clone()  # those this epoch was trained with
+        balancer.end_epoch()
+
+        results = None
+        if chooser_set is not None:
+            results = evaluate(model, tasks, loader_for(chooser_set, args, shuffle=False), device, args.amp)
+        print(table_row(epoch, time.time() - epoch_started, tasks, sums, weights, results))
+        # Without a held-out set there is nothing honest to choose by: the best is the last.
+        reached = score(tasks, results, trivial) if results else epoch
+        common = {"args": plain_args(args), "model": model.state_dict(), "epoch": epoch}
+        if reached > best:
+            best = reached
+            save_checkpoint(out / "best.pt", **common)
+        state = {"balancer": balancer, "optimizer": optimizer, "scheduler": scheduler}
+        save_checkpoint(out / "last.pt", **common, best=best, **{k: v.state_dict() for k, v in state.items()})
+        entry = {"epoch": epoch, "loss": sums, "weight": dict(zip(model.names, weights.tolist())), "heldout": results}
+        with open(out / "log.jsonl", "a") as log:
+            log.write(json.dumps({**entry, "score": reached, "lr": scheduler.get_last_lr()[0]}) + "\n")
+
+    # The test split is looked at once, by the epoch that the held-out images chose.
+    best_checkpoint = load_checkpoint(out / "best.pt")
+    model.load_state_dict(best_checkpoint["model"])
+    test_loader = loader_for(test_set, args, shuffle=False)
+    report = {
+        "test": evaluate(model, tasks, test_loader, device, args.amp),
+        "trivial": evaluate(constant, tasks, test_loader, device),
+        "best_epoch": best_checkpoint["epoch"],
+        "parameters": parameters,
+        "seconds": round(time.time() - started),
+    }
+    data.save(out / "metrics.json", lambda f: f.write(json.dumps(report, indent=2).encode()))
+    save_predictions(model, tasks, test_set, device, out / "predictions.png")
+    print(final_table(tasks, report["test"], report["trivial"]))
+    print(f"best epoch {report['best_epoch'] + 1}, {report['seconds']} s; pictures: {out / 'predictions.png'}")
+    return report
+
+
+def loader_for(dataset, args: argparse.Namespace, shuffle: bool, epoch: int = 0):
+    return data.make_loader(dataset, args.batch_size, shuffle, args.seed + epoch, args.workers)
+
+
+def evaluate_checkpoint(args: argparse.Namespace) -> dict:
+    """--eval: the checkpoint's network on the test split of --dataset and --root; writes only if --out is given."""
+    checkpoint = load_checkpoint(args.eval)
+    model = model_from(checkpoint, args.eval).to(args.device)
+    args.tasks = model.names
+    train_set, _, test_set = make_datasets(args)
+    constant = ConstantPredictor(model.tasks, loader_for(train_set, args, shuffle=False))
+    loader = loader_for(test_set, args, shuffle=False)
+    report = {
+        "test": evaluate(model, model.tasks, loader, args.device, args.amp),
+        "trivial": evaluate(constant, model.tasks, loader, args.device),
+        "best_epoch": checkpoint["epoch"],
+    }
+    print(final_table(model.tasks, report["test"], report["trivial"]))
+    if args.out is not None:
+        out = new_run_folder(args)
+        data.save(out / "metrics.json", lambda f: f.write(json.dumps(report, indent=2).encode()))
+        save_predictions(model, model.tasks, test_set, args.device, out / "predictions.png")
+    return report
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    try:
+        evaluate_checkpoint(arguments) if arguments.eval else main(arguments)
+    except (data.DataError, FloatingPointError) as error:
+        sys.exit(print(error, file=sys.stderr) or 2)
