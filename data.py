@@ -258,7 +258,7 @@ def hold_out(stems: list[str], share: float) -> tuple[list[str], list[str]]:
 
 
 def resize(sample: dict, size: tuple[int, int]) -> dict:
-    """The whole picture at another size. Depth stays what it is: this is another camera resolution, not another place."""
+    """The whole picture at another size. Depth stays: this is another camera resolution, not another place."""
     return {key: _resize_map(key, value, size) for key, value in sample.items()}
 
 
@@ -307,7 +307,7 @@ def flip(sample: dict) -> dict:
 
 
 def colour_jitter(sample: dict, brightness: float, contrast: float, saturation: float) -> dict:
-    """Factors about 1. Brightness multiplies, contrast stretches about the mean, saturation stretches about the grey."""
+    """Factors about 1. Brightness multiplies, contrast stretches about the mean, saturation about the grey."""
     image = sample["image"] * brightness
     image = image.mean() + contrast * (image - image.mean())
     grey = image.mean(dim=0, keepdim=True)
@@ -351,7 +351,7 @@ def make_loader(dataset: Dataset, batch_size: int, shuffle: bool, seed: int, wor
 
 
 def palette() -> np.ndarray:
-    """(256,3) uint8, PASCAL VOC's colours: the bits of the index, spread over red, green and blue, highest bits first."""
+    """(256,3) uint8, PASCAL VOC's colours: the bits of the index dealt to red, green and blue, highest bits first."""
     index = np.arange(256)
     bits = [(index >> b) & 1 for b in range(8)]
     rgb = [sum(bits[3 * k + c] << (7 - k) for k in range(3) if 3 * k + c < 8) for c in range(3)]
@@ -573,8 +573,8 @@ FURNITURE = ("plain", "plain", "carpet", "stripes", "checks", "dots", "grain", "
 
 
 def draw_colour(rng, hue: float) -> tuple:
-    """A random colour, near the class's favourite hue in two cases of three: a hint, and often a wrong one."""
-    hue = rng.normal(hue, 0.06) if rng.random() < 0.67 else rng.random()
+    """A random colour, near the class's favourite hue in four cases of five: a hint, and often a wrong one."""
+    hue = rng.normal(hue, 0.05) if rng.random() < 0.8 else rng.random()
     return colorsys.hsv_to_rgb(hue % 1, rng.beta(1.5, 2.5), rng.uniform(0.15, 0.9))
 
 
@@ -767,9 +767,9 @@ def camera_rays(height: int, width: int) -> np.ndarray:
 
 def draw_camera(rng, room: np.ndarray) -> tuple:
     """Position (3,) near the near wall and (3, 3) world-from-camera rotation, looking across and slightly down."""
-    position = np.array([rng.uniform(0.2, 0.8) * room[0], rng.uniform(0.25, 0.2 * room[1]), rng.uniform(1.35, 1.65)])
+    position = np.array([rng.uniform(0.2, 0.8) * room[0], rng.uniform(0.25, 0.2 * room[1]), rng.uniform(1.4, 1.6)])
     ahead = rng.uniform([0.05, 0.5], [0.95, 1]) * room[:2] - position[:2]
-    pitch = rng.uniform(-0.25, -0.05)
+    pitch = rng.uniform(-0.2, -0.08)
     c, s = np.cos(pitch), np.sin(pitch)
     return position, turn(np.arctan2(-ahead[0], ahead[1])) @ np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
 
@@ -880,7 +880,9 @@ def first_hit(solids: list, origin: np.ndarray, rays: np.ndarray) -> tuple:
         rows = [k for k, s in enumerate(solids) if s.shape == shape]
         frames = [turn(-solids[k].yaw) / solids[k].half[:, None] for k in rows]  # world → unit shape
         if rows:
-            o = np.array([frame @ (origin - solids[k].centre) for k, frame in zip(rows, frames)], np.float32)
+            o = np.array(
+                [frame @ (origin - solids[k].centre) for k, frame in zip(rows, frames, strict=True)], np.float32
+            )
             d = np.einsum("akj,jn->akn", np.stack(frames, axis=1).astype(np.float32), rays)
             with np.errstate(divide="ignore", invalid="ignore"):
                 near, far = span(o.T[..., None], d)
@@ -925,7 +927,7 @@ def illuminate(solids: list, lights: tuple, points: np.ndarray, normals: np.ndar
     one throws none and stands for light bounced off the walls.
     """
     light = 0.3 + 0.08 * normals[:, 2:]
-    for number, (position, colour) in enumerate(zip(*lights)):
+    for number, (position, colour) in enumerate(zip(*lights, strict=True)):
         beam = points - position
         distance = np.linalg.norm(beam, axis=1)
         cosine = np.maximum(-(beam * normals).sum(1) / distance, 0)
@@ -977,7 +979,7 @@ def render_room(seed: int, index: int, height: int, width: int) -> dict:
     to the camera, zero in the holes too, since NYU's normals are computed from its depth.
     """
     rng = np.random.default_rng((seed, index))
-    room = rng.uniform([3, 3, 2.5], [5, 7, 2.8])  # width, depth, height
+    room = rng.uniform([3, 3, 2.5], [5, 7, 2.7])  # width, depth, height
     camera = draw_camera(rng, room)
     solids = furnish(rng, room, camera)
     lights = (

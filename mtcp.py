@@ -43,7 +43,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
-from timm.layers.cbam import CbamModule
 from timm.models.swin_transformer import SwinTransformerStage
 from torch import Tensor
 
@@ -119,6 +118,7 @@ PRESETS = {
         backbone_args={"embed_dim": 32, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)},
         drop_path=0.0,
         width=32,
+        cfm_stride=2,
         pixel_layers=1,
         pixel_ffn=128,
         attention_heads=4,
@@ -144,8 +144,26 @@ def resize(x: Tensor, size) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-# CBAM [CBAM] is timm's CbamModule: x ← x ⊙ σ(MLP(avgpool x) + MLP(maxpool x))     which channels matter,
-#                                   x ← x ⊙ σ(BN(conv7×7([mean_c x; max_c x])))    then which places. Shape is kept.
+class CBAM(nn.Module):
+    """Convolutional block attention [CBAM]: x (B,C,h,w) → (B,C,h,w), first which channels matter, then which places.
+
+    x ← x ⊙ σ(MLP(avgpool x) + MLP(maxpool x));   x ← x ⊙ σ(BN(conv7×7 [mean_c x; max_c x]))
+
+    The same function as timm's CbamModule, which calls itself experimental; a test compares the two.
+    """
+
+    def __init__(self, C: int, reduction: int = 16):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(C, C // reduction, bias=False), nn.ReLU(), nn.Linear(C // reduction, C, bias=False)
+        )
+        self.place = nn.Sequential(nn.Conv2d(2, 1, 7, padding=3, bias=False), nn.BatchNorm2d(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = torch.stack([x.mean(dim=(2, 3)), x.amax(dim=(2, 3))])  # (2,B,C)
+        x = x * torch.sigmoid(self.mlp(pooled).sum(dim=0))[:, :, None, None]
+        pooled = torch.stack([x.mean(dim=1), x.amax(dim=1)], dim=1)  # (B,2,h,w)
+        return x * torch.sigmoid(self.place(pooled))
 
 
 # ======================================================================================================================
@@ -194,7 +212,7 @@ class Backbone(nn.Module):
             self.channels = self.pyramid.channels
         else:
             raise ValueError(
-                f"backbone {name} has strides {strides}: choose one with 4, 8, 16, 32, or a ViT with patches of 14 or 16"
+                f"backbone {name} has strides {strides}: choose one with 4, 8, 16, 32 or a ViT with patches of 14 or 16"
             )
         self.norms = nn.ModuleList(LayerNorm2d(c, eps=1e-5) for c in self.channels)
 
@@ -318,8 +336,8 @@ class QueryDecoder(nn.Module):
     def forward(self, P: Tensor, maps: list[Tensor]) -> Tensor:
         position = [to_sequence([sine_embedding(m)]) for m in maps]
         memory = [to_sequence([m]) + e for m, e in zip(maps, self.level_embed.weight, strict=True)]  # (B,h_l·w_l,C)
-        # A mask is a dot product with P, and resizing is linear too: resizing P once for each level gives the same small
-        # masks as resizing N large masks after every layer.
+        # A mask is a dot product with P, and resizing is linear too: resizing P once for each level gives the same
+        # small masks as resizing N large masks after every layer.
         small_P = [resize(P, m.shape[-2:]).detach() for m in maps]
 
         q = self.query_features.weight.expand(len(P), -1, -1)  # (B,N,C)
@@ -374,9 +392,9 @@ def shared_representation(P: Tensor, M: Tensor) -> Tensor:
     """P (B,C,h,w), M (B,N,h,w) → R (B,C,h,w): the embedding of each pixel, times the votes of all queries for it.
 
     DEPARTURE: R is divided by its root mean square, one number per image. Σ_n M_n adds N logits: around 0 at
-    initialisation, in the hundreds and negative with published Mask2Former weights (where most masks say "not mine" of
-    most pixels). Without the division the scale of everything downstream would depend on N and on where the weights came
-    from. Not a LayerNorm over channels: that would divide out Σ_n M_n itself, pixel by pixel, and leave only its sign.
+    initialisation, but far below 0 in a trained Mask2Former, where most masks say "not mine" of most pixels. Without
+    the division the scale of everything downstream would depend on N and on where the weights came from. Not a
+    LayerNorm over channels: that would divide out Σ_n M_n itself, pixel by pixel, and leave only its sign.
     """
     R = P * M.sum(dim=1, keepdim=True)
     rms = R.float().square().mean(dim=(1, 2, 3), keepdim=True).add(1e-12).sqrt()
@@ -450,8 +468,8 @@ class CoherenceFusion(nn.Module):
     distance between them becomes small. No loss asks for that; `cosine_distance` below measures whether it happens.
 
     The softmax runs over all h·w positions. At 480×640 the matrix Q Kᵀ would have 19,200² entries, 1.5 GB for one task
-    and image in fp32, and again for its gradient; scaled_dot_product_attention never forms it. With `stride` s, keys and
-    values are average-pooled by s × s, which divides the cost by s² (spatial reduction as in [PVT]); 1 is exact.
+    and image in fp32, and again for its gradient; scaled_dot_product_attention never forms it. With `cfm_stride` s,
+    keys and values are average-pooled by s × s, which divides the cost by s² (spatial reduction as in [PVT]).
 
     DEPARTURE: Q and K are normalised, softmax(τ · cos(Q, K)), with a learned τ per head, clamped, as in [SwinV2]. The
     release uses raw dot products: nothing bounds those, in bf16 they saturate, and how sharp the attention is would
@@ -467,11 +485,11 @@ class CoherenceFusion(nn.Module):
         # DEPARTURE: fused to C channels, the release keeps (T-1)·C. Half the cost, and q, k, v of one size, at most 256
         # a head, is what GPU flash-attention kernels ask for.
         self.fuse = nn.Sequential(nn.Conv2d(auxiliaries * C, C, 1), nn.ReLU())
-        self.query = nn.Sequential(CbamModule(C), nn.BatchNorm2d(C), nn.ReLU())
-        self.key = nn.Sequential(CbamModule(C), nn.BatchNorm2d(C), nn.ReLU())
-        self.value = nn.Sequential(CbamModule(C), nn.BatchNorm2d(C))
+        self.query = nn.Sequential(CBAM(C), nn.BatchNorm2d(C), nn.ReLU())
+        self.key = nn.Sequential(CBAM(C), nn.BatchNorm2d(C), nn.ReLU())
+        self.value = nn.Sequential(CBAM(C), nn.BatchNorm2d(C))
         self.log_tau = nn.Parameter(torch.full((self.heads, 1, 1), math.log(10.0)))  # [SwinV2]'s initial value
-        self.out = nn.Sequential(CbamModule(C), nn.BatchNorm2d(C))
+        self.out = nn.Sequential(CBAM(C), nn.BatchNorm2d(C))
 
     def forward(self, X_t: Tensor, auxiliaries: list[Tensor]) -> Tensor:
         A = [X_u * torch.sigmoid(gate(X_u)) for gate, X_u in zip(self.gates, auxiliaries, strict=True)]
@@ -514,7 +532,7 @@ class SpatialRefinement(nn.Module):
 
     def __init__(self, carry_channels: int, stage_channels: int, C: int, last: bool):
         super().__init__()
-        self.cbam_carry, self.cbam_stage = CbamModule(carry_channels), CbamModule(stage_channels)
+        self.cbam_carry, self.cbam_stage = CBAM(carry_channels), CBAM(stage_channels)
         self.to_pred = conv_bn_relu(carry_channels + stage_channels, C)
         self.to_carry = None if last else conv_bn_relu(carry_channels + stage_channels, stage_channels)
 
@@ -576,7 +594,7 @@ class Head(nn.Module):
 
 
 class MTCP(nn.Module):
-    """The whole network, for any number of tasks from one up (with a single one there is nothing to fuse: X̂_t = X_t)."""
+    """The whole network, for any number of tasks from one up. With a single one there is nothing to fuse: X̂_t = X_t."""
 
     def __init__(self, tasks: tuple[Task, ...], cfg: MTCPConfig = PRESETS["paper"]):
         super().__init__()
@@ -759,9 +777,9 @@ class LPS(nn.Module):
                             w_t = r̄ + κ (r_t - r̄)                             spread by κ about the mean r̄
     then the guards of `floor_and_rescale`.
 
-    DEPARTURE: the release computes such weights and then overwrites the weighted sum by the plain one, with the logarithm
-    commented out. It has no guards either: at κ = 7.5, a task 13 % below the mean gets a negative weight, and training
-    would maximise its loss.
+    DEPARTURE: the release computes such weights, then overwrites the weighted sum by the plain one, with the logarithm
+    commented out. It has no guards either: at κ = 7.5 a task whose r_t is 13.4 % below the mean gets a negative
+    weight, and training would maximise its loss.
 
     kappa: 7.5 on NYUD-v2, 1.6 on PASCAL-Context in the release. w_min: floor of the weights, 0 < w_min < 1.
     log, prioritise: the two halves, each of which can be switched off alone.
@@ -835,10 +853,10 @@ class EqualWeights(nn.Module):
 
 
 class UncertaintyWeights(nn.Module):
-    """[Kendall]: total = Σ_t exp(-s_t) L_t + s_t / 2, s_t = log σ_t² learned with the network (give it to the optimiser).
+    """[Kendall]: total = Σ_t exp(-s_t) L_t + s_t / 2, where s_t = log σ_t² is learned with the network.
 
-    The paper's factor ½ for regression is absorbed by σ_t. A task without a valid pixel in a batch is left out of the
-    sum: otherwise + s_t / 2 alone would drive its σ_t to zero.
+    s is a parameter: give it to the optimiser, without weight decay. The paper's factor ½ for regression is absorbed by
+    σ_t. A task without a valid pixel in a batch is left out of the sum: + s_t / 2 alone would drive its σ_t to zero.
     """
 
     def __init__(self, names: list[str]):
@@ -859,7 +877,10 @@ class UncertaintyWeights(nn.Module):
 
 
 class DynamicWeightAverage(nn.Module):
-    """[DWA]: total = Σ_t w_t L_t, w = T · softmax(r / 2), r_t = L_t(e-1) / L_t(e-2): slow tasks gain. 1 for two epochs."""
+    """[DWA]: total = Σ_t w_t L_t with w = T · softmax(r / 2), r_t = L_t(e-1) / L_t(e-2): slow tasks gain.
+
+    L_t(e) is the mean over epoch e. For the first two epochs there is no ratio, and w_t = 1.
+    """
 
     def __init__(self, names: list[str], temperature: float = 2.0):
         super().__init__()
@@ -950,8 +971,8 @@ def deformable_sampling(value: Tensor, sizes: list, places: Tensor, weight: Tens
 def sine_embedding(x: Tensor) -> Tensor:
     """x (B,C,h,w) → (1,C,h,w): sines and cosines of y in the first C/2 channels, of x in the others.
 
-    Positions run from 1/h to 1 and are scaled by 2π, so that the code does not depend on the resolution (DETR, Carion et
-    al., ECCV 2020).
+    Positions run from 1/h to 1 and are scaled by 2π, so that the code does not depend on the resolution (DETR, Carion
+    et al., ECCV 2020).
     """
     _, C, h, w = x.shape
     frequency = 10000.0 ** -(torch.arange(0, C // 2, 2, device=x.device) / (C // 2))  # (C/4,)

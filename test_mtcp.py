@@ -7,6 +7,7 @@ form, or an invariance. Nothing is compared with numbers that the code itself on
 import ast
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from timm.layers.cbam import CbamModule
 
 import data
 import mtcp
@@ -27,6 +29,7 @@ from mtcp import IGNORE_INDEX, LPS, MTCP, NYUD, PRESETS
 
 HERE = Path(__file__).parent
 TOY = PRESETS["toy"]
+write_rooms = data.write_rooms  # the runs below replace it in `data`
 
 
 def close(a, b, tolerance=1e-5):
@@ -66,8 +69,30 @@ def test_mtcp_imports_no_file_of_ours():
     assert {name.split(".")[0] for name in imported} <= {"math", "dataclasses", "timm", "torch"}
 
 
+def test_cbam_is_timms():
+    torch.manual_seed(0)
+    ours, theirs = mtcp.CBAM(32).eval(), CbamModule(32).eval()
+    randomise_batchnorm(theirs)
+    with torch.no_grad():
+        for mine, fc in ((ours.mlp[0], theirs.channel.fc1), (ours.mlp[2], theirs.channel.fc2)):
+            mine.weight.copy_(fc.weight[..., 0, 0])
+        ours.place[0].load_state_dict(theirs.spatial.conv.conv.state_dict())
+        ours.place[1].load_state_dict(theirs.spatial.conv.bn.state_dict())
+        x = torch.randn(2, 32, 5, 7)
+        close(ours(x), theirs(x))
+
+
+def test_readme_links_lead_to_what_they_name():
+    code = (HERE / "mtcp.py").read_text().splitlines()
+    links = re.findall(r"\[`(\w+)`\]\(mtcp\.py#L(\d+)\)", (HERE / "README.md").read_text())
+    assert len(links) > 15
+    wrong = [(name, line) for name, line in links if not re.match(rf"(class|def) {name}\b", code[int(line) - 1])]
+    assert wrong == []
+
+
 @pytest.mark.parametrize(
-    "name", ["swin_tiny_patch4_window7_224", "convnext_atto", "pvt_v2_b0", "vit_tiny_patch16_224", "vit_small_patch14_dinov2"]
+    "name",
+    ["swin_tiny_patch4_window7_224", "convnext_atto", "pvt_v2_b0", "vit_tiny_patch16_224", "vit_small_patch14_dinov2"],
 )
 def test_backbone_gives_four_strides(name):
     backbone = mtcp.Backbone(name).eval()
@@ -239,11 +264,18 @@ def test_task_names_must_differ():
 def test_every_parameter_is_used(changes):
     torch.manual_seed(0)
     model = MTCP(NYUD, replace(TOY, **changes))
-    losses = mtcp.task_losses(NYUD, model(torch.randn(2, 3, 64, 96)), labels(2, 64, 96))
-    sum(losses.values()).backward()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    # Two steps: deformable attention starts with offsets that do not depend on the query, so that nothing flows back
+    # into position and level embeddings before the first.
+    for _ in range(2):
+        optimizer.step()
+        optimizer.zero_grad()
+        losses = mtcp.task_losses(NYUD, model(torch.randn(2, 3, 64, 96)), labels(2, 64, 96))
+        sum(losses.values()).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
-    # CBAM's bottleneck has two units at this width; both may happen to be below zero, and then rest.
-    resting = [n for n, p in model.named_parameters() if p.grad.abs().max() == 0 and ".channel.fc" not in n]
+    # CBAM's bottleneck has two units at this width: both may happen to be below zero, and then rest.
+    bottlenecks = {id(p) for m in model.modules() if isinstance(m, mtcp.CBAM) for p in m.mlp.parameters()}
+    resting = [n for n, p in model.named_parameters() if p.grad.abs().max() == 0 and id(p) not in bottlenecks]
     assert resting == []
 
 
@@ -607,7 +639,9 @@ def test_flip_agrees_with_geometry():
     flipped = data.flip(sample)
     # The mirrored camera has its principal point mirrored too.
     fx, fy, cx, cy = data.nyu_intrinsics(48, 64)
-    angle = normals_error(flipped["depth"][0].numpy(), flipped["normals"].permute(1, 2, 0).numpy(), (fx, fy, 63 - cx, cy))
+    angle = normals_error(
+        flipped["depth"][0].numpy(), flipped["normals"].permute(1, 2, 0).numpy(), (fx, fy, 63 - cx, cy)
+    )
     assert np.median(angle) < 1
 
 
@@ -671,7 +705,8 @@ def normals_error(depth: np.ndarray, normals: np.ndarray, intrinsics: tuple) -> 
 def test_rendered_normals_are_those_of_the_rendered_depth(index):
     room = data.render_room(seed=0, index=index, height=96, width=128)
     angle = normals_error(room["depth"], room["normals"], data.nyu_intrinsics(96, 128))
-    assert np.percentile(angle, 95) < 3, f"95 % of the angles are below {np.percentile(angle, 95):.1f}°"
+    # Exact on planes; on balls of a dozen pixels' radius, a difference of neighbours is off by a few degrees.
+    assert np.median(angle) < 0.1 and np.percentile(angle, 95) < 5, np.percentile(angle, (50, 95))
     length = np.linalg.norm(room["normals"], axis=2)
     assert np.all((length == 0) == (room["depth"] == 0)) and np.allclose(length[length > 0], 1, atol=1e-5)
 
@@ -688,7 +723,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 def test_rooms_cut_short_are_finished_and_nothing_is_overwritten(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
-    make = partial(data.write_rooms, train=3, val=2, size=(24, 32), seed=7)
+    make = partial(write_rooms, train=3, val=2, size=(24, 32), seed=7)
     make(a)
     make(b)
     assert files(a) == files(b) and len(files(a)) == 5 * 4 + 3
@@ -711,7 +746,7 @@ def test_rooms_cut_short_are_finished_and_nothing_is_overwritten(tmp_path):
 @pytest.fixture(scope="module")
 def rooms(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data") / "rooms"
-    data.write_rooms(root, train=12, val=4, size=(64, 96))
+    write_rooms(root, train=12, val=4, size=(64, 96))
     return root
 
 
@@ -738,7 +773,7 @@ def test_check_passes_rooms_and_finds_what_is_broken(rooms, tmp_path, capsys):
 
 def test_miou_against_brute_force():
     torch.manual_seed(0)
-    metric, task = train.SegmentationMetric(replace(NYUD[0], channels=5)), None
+    metric = train.SegmentationMetric(replace(NYUD[0], channels=5))
     preds, truths = [], []
     for _ in range(3):
         logits, target = torch.randn(2, 5, 4, 6), torch.randint(0, 4, (2, 4, 6))  # class 4: predicted, never true
@@ -860,7 +895,9 @@ def test_a_run_writes_its_folder_and_repeats_and_resumes_exactly(rooms, tmp_path
     with pytest.raises(data.DataError, match="not empty"):
         run(rooms, tmp_path / "b")
 
-    args = train.parse_args(["--root", str(rooms), "--eval", str(tmp_path / "a/best.pt"), "--workers", "0", "--device", "cpu"])
+    args = train.parse_args(
+        ["--root", str(rooms), "--eval", str(tmp_path / "a/best.pt"), "--workers", "0", "--device", "cpu"]
+    )
     assert train.evaluate_checkpoint(args)["test"]["depth"]["rmse"] == pytest.approx(whole["test"]["depth"]["rmse"])
 
 
@@ -909,10 +946,21 @@ def test_a_tiny_run_overfits_four_images(rooms):
         (["--resume"], "needs --out"),
     ],
 )
-def test_bad_input_gets_one_sentence_and_status_2(tmp_path, flags, said):
-    done = subprocess.run([sys.executable, HERE / "train.py", *flags], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+def test_bad_input_gets_one_sentence_and_status_2(tmp_path, monkeypatch, capsys, flags, said):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = train.cli(flags)
+    except SystemExit as exit:  # argparse's way
+        status = exit.code
+    assert status == 2 and said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_script_reports_status_2_without_a_traceback(tmp_path):
+    command = [sys.executable, HERE / "train.py", "--dataset", "nyud", "--root", "nowhere"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "nowhere/gt_sets/train.txt not found" in done.stderr
+    assert "Traceback" not in done.stderr and "images/STEM.jpg" in done.stderr
 
 
 def test_checkpoints_cannot_run_code(tmp_path):
