@@ -21,9 +21,13 @@ the check → the renderer → the command line.
 
 import argparse
 import colorsys
+import hashlib
+import io
 import json
+import math
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,9 +35,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import scipy.io
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -53,6 +58,28 @@ NYUD_CLASSES = (
     "refrigerator", "television", "paper", "towel", "shower curtain", "box", "whiteboard", "person", "night stand",
     "toilet", "sink", "lamp", "bathtub", "bag", "other structure", "other furniture", "other prop",
 )  # fmt: skip
+
+VOC_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+PERSON = VOC_CLASSES.index("person")
+PART_CLASSES = ("background", "head", "torso", "upper arm", "lower arm", "upper leg", "lower leg")
+PART_LABELS = {  # PASCAL-Part's 24 human parts → six
+    name: label
+    for label, names in enumerate(
+        (
+            "hair head lear lebrow leye mouth nose rear rebrow reye",
+            "neck torso",
+            "luarm ruarm",
+            "llarm rlarm lhand rhand",
+            "luleg ruleg",
+            "llleg rlleg lfoot rfoot",
+        ),
+        start=1,
+    )
+    for name in names.split()
+}
 
 
 class DataError(Exception):
@@ -119,6 +146,61 @@ def read_normals(path: Path) -> np.ndarray:
     return np.where(length < 0.5, 0, normals / np.maximum(length, 1e-6)).transpose(2, 0, 1).astype(np.float32)
 
 
+def read_voc_semseg(path: Path) -> np.ndarray:
+    """VOC class 0…20, 255 = ignore → int64 (H,W)."""
+    label = read_pixels(path, "L").astype(np.int64)
+    odd = label[(label >= len(VOC_CLASSES)) & (label != IGNORE_INDEX)]
+    if odd.size:
+        raise DataError(f"{path} holds class {odd[0]}: VOC has 0…{len(VOC_CLASSES) - 1}, and 255 for ignore")
+    return label
+
+
+def read_saliency(path: Path) -> np.ndarray:
+    """8-bit, distilled from a saliency model → float32 (1,H,W), 1 where the value is above one half."""
+    return (read_pixels(path, "L") > 127.5).astype(np.float32)[None]
+
+
+def read_part_objects(path: Path) -> list[tuple]:
+    """PASCAL-Part's .mat → [(class index, mask (H,W) bool, [(part name, mask (H,W) bool), …]), …]."""
+    try:
+        anno = scipy.io.loadmat(path, variable_names=["anno"])["anno"][0, 0]
+        # MATLAB's [] arrives as an empty float array: ravel() makes "no objects" and "no parts" empty loops.
+        return [
+            (
+                int(thing["class_ind"].item()),
+                thing["mask"].astype(bool),
+                [(str(part["part_name"].item()), part["mask"].astype(bool)) for part in thing["parts"].ravel()],
+            )
+            for thing in anno["objects"].ravel()
+        ]
+    except Exception as error:  # scipy's parser fails in a dozen ways on bytes that are not its own
+        raise DataError(
+            f"{path} cannot be read as a PASCAL-Part annotation ({type(error).__name__}: {error}): "
+            "unpack or download the archive again"
+        ) from error
+
+
+def read_human_parts(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """PASCAL-Part's .mat of an image of `size` (H,W) → int64 (H,W): 0 background, 1…6 part, 255 = ignore.
+
+    Dogs have a "head" and a "torso" too: only the class index tells whose part it is. Without a single annotated person
+    the whole image is ignored, since then nobody has said where there are no people. Beside an annotated person,
+    one without parts is background.
+    """
+    objects = read_part_objects(path)
+    sizes = {mask.shape for _, whole, parts in objects for mask in (whole, *(mask for _, mask in parts))}
+    if sizes - {size}:
+        raise DataError(f"{path} has masks of {sorted(sizes)} pixels but its image is {size}: archives were mixed")
+    human = [part for class_index, _, parts in objects if class_index == PERSON for part in parts]
+    unknown = sorted({name for name, _ in human} - PART_LABELS.keys())
+    if unknown:
+        raise DataError(f"{path} has human parts {unknown}: PASCAL-Part has {' '.join(PART_LABELS)}")
+    label = np.full(size, 0 if human else IGNORE_INDEX, dtype=np.int64)
+    for name, mask in human:
+        label[mask] = PART_LABELS[name]
+    return label
+
+
 # ======================================================================================================================
 # Layouts and datasets
 # ======================================================================================================================
@@ -141,38 +223,54 @@ NYUD_HELP = """expected below {root}:
 README.md, section "Real data", says where the two archives are described."""
 
 
-class NYUD(Dataset):
-    """One split of NYUD-v2, or of rendered rooms; which of the two archives it is, is seen from the files.
+PASCAL_HELP = """expected below {root}:
+    ImageSets/Context/train.txt  val.txt    one file stem a line (4998 and 5105 of them)
+    JPEGImages/STEM.jpg                     RGB
+    semseg/VOC12/STEM.png                   0…20, 255 = ignore; where it does not exist:
+    semseg/pascal-context/STEM.png          the same
+    human_parts/STEM.mat                    PASCAL-Part
+    sal_distill/STEM.png                    8-bit saliency
+README.md, section "Real data", says where the archive is described."""
+
+
+class DenseDataset(Dataset):
+    """One split of a dataset on disk; NYUD and PASCAL below say where its files are and how to read them.
 
     root       folder of the archive
     split      "train" or "val" (what papers call the test set)
-    tasks      names of the labels to read, some of semseg, depth, normals
+    tasks      names of the labels to read (default: all there are)
     transform  (sample, rng) → sample, applied before normalisation
     stems      take only these of the split
     seed       of the transform's random numbers, which depend on (seed, epoch, index) alone: not on the number of
                workers or the order of reading. Set `epoch` before every epoch.
-
     complete   False: leave missing files to the caller
 
     Raises DataError if the folder is not such an archive, or any file that will be needed is missing.
     """
 
-    classes = {"semseg": NYUD_CLASSES}
-    readers = {"semseg": read_nyud_semseg, "depth": read_depth, "normals": read_normals}
-
-    def __init__(
-        self, root, split, tasks=("semseg", "depth", "normals"), transform=None, stems=None, seed=0, complete=True
-    ):
-        self.root, self.split, self.tasks, self.transform, self.seed = Path(root), split, tuple(tasks), transform, seed
-        self.stems = stems if stems is not None else read_split(self.root, split)
+    def __init__(self, root, split, tasks=None, transform=None, stems=None, seed=0, complete=True):
+        self.root, self.split, self.transform, self.seed = Path(root), split, transform, seed
+        self.tasks = tuple(self.readers if tasks is None else tasks)
+        self.stems = self.list_stems(root, split) if stems is None else stems
         self.epoch = 0
-        self.layout = detect_nyud(self.root, self.stems)
+        self.layout = self.detect()
         missing = self.missing()
         if missing and complete:
             raise DataError(describe_missing(self.root, self.layout, missing, len(self.stems)))
 
-    def path(self, key: str, stem: str) -> Path:
-        return self.root / NYUD_LAYOUTS[self.layout][key].format(stem)
+    @classmethod
+    def list_stems(cls, root, split: str) -> list[str]:
+        """The file stems of a split, in the order of the archive's list."""
+        path = Path(root) / cls.lists.format(split)
+        if not path.is_file():
+            raise DataError(f"{path} not found; {cls.help.format(root=root)}")
+        stems = path.read_text().split()
+        # A stem becomes part of a path: one like ../../x would lead out of the archive.
+        bad = [s for s in stems if not s.replace("_", "").replace("-", "").isalnum()]
+        if bad or not stems:
+            found = f"it has the line {bad[0]!r}" if bad else "it is empty"
+            raise DataError(f"{path} is no list of file stems: {found}")
+        return stems
 
     def missing(self) -> dict[str, list[Path]]:
         """{key: files that are not there}, of the image and all tasks; empty where nothing is missing."""
@@ -186,7 +284,7 @@ class NYUD(Dataset):
         size = tuple(image.shape[1:])
         sample = {"image": image, "name": stem, "size": torch.tensor(size)}
         for task in self.tasks:
-            label = torch.from_numpy(self.readers[task](self.path(task, stem)))
+            label = torch.from_numpy(self.read_label(task, stem, size))
             if tuple(label.shape[-2:]) != size:
                 raise DataError(
                     f"{self.path(task, stem)} is {tuple(label.shape[-2:])} pixels but its image is {size}: "
@@ -194,6 +292,9 @@ class NYUD(Dataset):
                 )
             sample[task] = label
         return sample
+
+    def read_label(self, task: str, stem: str, size: tuple[int, int]) -> np.ndarray:
+        return self.readers[task](self.path(task, stem))
 
     def __len__(self) -> int:
         return len(self.stems)
@@ -205,42 +306,104 @@ class NYUD(Dataset):
         return normalise(sample)
 
 
-def read_split(root: Path, split: str) -> list[str]:
-    """The stems of gt_sets/SPLIT.txt."""
-    path = root / "gt_sets" / f"{split}.txt"
-    if not path.is_file():
-        raise DataError(f"{path} not found; {NYUD_HELP.format(root=root)}")
-    stems = path.read_text().split()
-    # A stem becomes part of a path: one like ../../x would lead out of the archive.
-    bad = [s for s in stems if not s.replace("_", "").replace("-", "").isalnum()]
-    if bad or not stems:
-        raise DataError(
-            f"{path} is no list of file stems: " + (f"it has the line {bad[0]!r}" if bad else "it is empty")
-        )
-    return stems
+class NYUD(DenseDataset):
+    """NYUD-v2, or rendered rooms; which of the two archives it is, is seen from the files."""
+
+    lists, help = "gt_sets/{}.txt", NYUD_HELP
+    classes = {"semseg": NYUD_CLASSES}
+    readers = {"semseg": read_nyud_semseg, "depth": read_depth, "normals": read_normals}
+
+    def path(self, key: str, stem: str) -> Path:
+        return self.root / NYUD_LAYOUTS[self.layout][key].format(stem)
+
+    def intrinsics(self) -> tuple[float, float, float, float]:
+        """(fx, fy, cx, cy) of the images in pixels, for comparing normals with depth."""
+        height, width, _ = read_pixels(self.path("image", self.stems[0]), "RGB").shape
+        if self.layout == "NYUDv2":  # not another resolution, but 45 rows and 40 columns less at the top and left
+            fx, fy, cx, cy = nyu_intrinsics(480, 640)
+            return fx, fy, cx - 40, cy - 45
+        return nyu_intrinsics(height, width)
+
+    def detect(self) -> str:
+        """Name of the archive: the layout of which most files are there."""
+        first = self.stems[0]
+        if (self.root / f"segmentation/{first}.mat").is_file() or (self.root / f"normals/{first}.jpg").is_file():
+            raise DataError(
+                f"{self.root} is the older NYUD_MT of ASTMT (labels as .mat, normals as .jpg), which is not supported: "
+                "get the NYUD_MT that MTI-Net links (.png and .npy), or NYUDv2 of ATRC and InvPT"
+            )
+        present = {
+            name: sum((self.root / pattern.format(stem)).is_file() for pattern in files.values() for stem in self.stems)
+            for name, files in NYUD_LAYOUTS.items()
+        }
+        best = max(present, key=present.get)
+        if present[best] == 0:
+            raise DataError(f"no NYUD-v2 in {self.root}; {NYUD_HELP.format(root=self.root)}")
+        return best
 
 
-def detect_nyud(root: Path, stems: list[str]) -> str:
-    """Name of the archive in `root`: the layout of which most files are there."""
+class PASCAL(DenseDataset):
+    """PASCAL-Context with PASCAL-Part and distilled saliency, or rendered figures. Images differ in size."""
 
-    def present(files: dict[str, str]) -> int:
-        return sum((root / pattern.format(stem)).is_file() for pattern in files.values() for stem in stems)
+    lists, help = "ImageSets/Context/{}.txt", PASCAL_HELP
+    classes = {"semseg": VOC_CLASSES, "human_parts": PART_CLASSES}
+    readers = {"semseg": read_voc_semseg, "human_parts": read_human_parts, "sal": read_saliency}
+    files = {"image": "JPEGImages/{}.jpg", "human_parts": "human_parts/{}.mat", "sal": "sal_distill/{}.png"}
 
-    if (root / f"segmentation/{stems[0]}.mat").is_file() or (root / f"normals/{stems[0]}.jpg").is_file():
-        raise DataError(
-            f"{root} is the older NYUD_MT of ASTMT (labels as .mat, normals as .jpg), which is not supported: "
-            "get the NYUD_MT that MTI-Net links (.png and .npy), or NYUDv2 of ATRC and InvPT"
-        )
-    counts = {name: present(files) for name, files in NYUD_LAYOUTS.items()}
-    best = max(counts, key=counts.get)
-    if not (root / "images").is_dir() or counts[best] == 0:
-        raise DataError(f"no NYUD-v2 in {root}; {NYUD_HELP.format(root=root)}")
-    return best
+    def path(self, key: str, stem: str) -> Path:
+        if key != "semseg":
+            return self.root / self.files[key].format(stem)
+        # VOC's own labels where an image has them: they are finer than those made from PASCAL-Context.
+        voc = self.root / f"semseg/VOC12/{stem}.png"
+        return voc if voc.is_file() else self.root / f"semseg/pascal-context/{stem}.png"
+
+    def detect(self) -> str:
+        if not (self.root / "JPEGImages").is_dir():
+            raise DataError(f"no PASCAL-Context in {self.root}; {PASCAL_HELP.format(root=self.root)}")
+        return "PASCAL_MT"
+
+    def read_label(self, task: str, stem: str, size: tuple[int, int]) -> np.ndarray:
+        if task != "human_parts":
+            return super().read_label(task, stem, size)
+        return self.cached_parts(stem, size)
+
+    def cached_parts(self, stem: str, size: tuple[int, int]) -> np.ndarray:
+        """The part map, from a PNG made when its .mat was read for the first time: decoding thousands is slow.
+
+        A PNG is written under another name and then renamed, so a crash leaves no half of one; one that is older than
+        its .mat, or does not fit it, is made again.
+        """
+        source, cached = self.path("human_parts", stem), self.cache_folder() / f"{stem}.png"
+        if cached.is_file() and cached.stat().st_mtime >= source.stat().st_mtime:
+            label = read_pixels(cached, "L").astype(np.int64)
+            if label.shape == size:
+                return label
+        label = read_human_parts(source, size)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        save(cached, lambda f: Image.fromarray(label.astype(np.uint8)).save(f, "PNG"))
+        return label
+
+    def cache_folder(self) -> Path:
+        """human_parts_png in the archive, or a folder of this user's cache if the archive cannot be written to."""
+        if os.access(self.root, os.W_OK):
+            return self.root / "human_parts_png"
+        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return user / "mtcp" / hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:16]
 
 
 def describe_missing(root: Path, layout: str, missing: dict[str, list[Path]], total: int) -> str:
     parts = [f"{key}: {len(files)} of {total} (first: {files[0].relative_to(root)})" for key, files in missing.items()]
     return f"files missing from {root} (layout {layout}): {'; '.join(parts)}. Get the whole archive, or drop the task"
+
+
+def require_one_archive(train: DenseDataset, test: DenseDataset) -> None:
+    """DataError if the two splits seem to come from different archives of NYUD-v2."""
+    sizes = [read_pixels(d.path("image", d.stems[0]), "RGB").shape[:2] for d in (train, test)]
+    if train.layout != test.layout or sizes[0] != sizes[1]:
+        raise DataError(
+            f"{train.root}: training images are {sizes[0]} ({train.layout}), test images {sizes[1]} ({test.layout}): "
+            "the splits come from different archives; unpack one archive into an empty folder"
+        )
 
 
 def hold_out(stems: list[str], share: float) -> tuple[list[str], list[str]]:
@@ -314,13 +477,52 @@ def colour_jitter(sample: dict, brightness: float, contrast: float, saturation: 
     return {**sample, "image": (grey + saturation * (image - grey)).clamp(0, 1)}
 
 
+OUTSIDE = {"semseg": IGNORE_INDEX, "human_parts": IGNORE_INDEX, "sal": IGNORE_INDEX, "depth": 0, "normals": 0}
+
+
+def rotate(sample: dict, degrees: float, scale: float = 1.0) -> dict:
+    """Turn anticlockwise and enlarge by `scale` about the centre, at constant size; what comes from outside is ignored.
+
+    A rolled camera sees the same depths, so depth is divided by the scale alone (see `zoom`), but "right" and "up" are
+    now other directions: normals turn with the picture.
+    """
+    H, W = sample["image"].shape[-2:]
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    # For each pixel of the result, where it was. grid_sample counts -1…1 along both sides: H/W undoes the aspect ratio.
+    matrix = torch.tensor([[cos, -sin * H / W, 0], [sin * W / H, cos, 0]], dtype=torch.float32) / scale
+    grid = F.affine_grid(matrix[None], (1, 1, H, W), align_corners=False)
+    outside = (grid.abs() > 1).any(dim=-1)[0]  # (H,W)
+    turned = {key: x if key in ("name", "size") else _rotate_map(key, x, grid, outside) for key, x in sample.items()}
+    if "depth" in sample:
+        turned["depth"] = turned["depth"] / scale
+    if "normals" in sample:
+        x, y, z = turned["normals"]  # right, forward, up
+        turned["normals"] = torch.stack([cos * x - sin * z, y, sin * x + cos * z])
+    return turned
+
+
+def _rotate_map(key: str, x: Tensor, grid: Tensor, outside: Tensor) -> Tensor:
+    if key == "image":
+        mean = MEAN.to(x.dtype)  # what is outside becomes 0 after normalisation
+        return F.grid_sample((x - mean)[None], grid, align_corners=False)[0] + mean
+    planes = x.reshape(1, -1, *x.shape[-2:]).float()
+    planes = F.grid_sample(planes, grid, mode="nearest", align_corners=False)
+    return planes.reshape(x.shape).to(x.dtype).masked_fill(outside, OUTSIDE[key])
+
+
 def normalise(sample: dict) -> dict:
     return {**sample, "image": (sample["image"] - MEAN) / STD}
 
 
-def augment(sample: dict, rng: np.random.Generator, scales: tuple, jitter: float, size: tuple[int, int] | None) -> dict:
-    """The training transform: zoom by one of `scales`, flip half of the time, jitter colours, then resize to `size`."""
-    sample = zoom(sample, rng.choice(scales))
+def augment(
+    sample: dict, rng: np.random.Generator, scales: tuple, degrees: float, jitter: float, size: tuple[int, int] | None
+) -> dict:
+    """The training transform: zoom by one of `scales` or, if `degrees` > 0, rotate by up to that many and scale by
+    anything between the first and the last of them; flip half of the time, jitter colours, resize to `size`."""
+    if degrees > 0:
+        sample = rotate(sample, rng.uniform(-degrees, degrees), rng.uniform(scales[0], scales[-1]))
+    else:
+        sample = zoom(sample, rng.choice(scales))
     if rng.random() < 0.5:
         sample = flip(sample)
     sample = colour_jitter(sample, *rng.uniform(1 - jitter, 1 + jitter, 3))
@@ -379,6 +581,8 @@ def picture(key: str, x: Tensor) -> np.ndarray:
     if key == "normals":
         valid = np.linalg.norm(a, axis=0)[..., None] > 0.5
         return np.where(valid, (a.transpose(1, 2, 0) + 1) * 127.5, 255).astype(np.uint8)
+    if key == "sal":
+        return np.repeat((a[0] * 255).astype(np.uint8)[..., None], 3, axis=2)
     return palette()[a]
 
 
@@ -403,16 +607,16 @@ def contact_sheet(titles: list[str], rows: list[list[np.ndarray]], height: int =
 # ======================================================================================================================
 
 
-def check(root: Path, sheet: Path) -> int:
+def check(kind: type[DenseDataset], root: Path, sheet: Path) -> int:
     """Read every file of both splits, print what is there, save a contact sheet; returns the number of problems."""
     problems, sizes, samples = [], set(), []
     for split in ("train", "val"):
-        dataset = NYUD(root, split, complete=False)
+        dataset = kind(root, split, complete=False)
         print(f"{split}: {len(dataset)} stems, layout {dataset.layout}")
         missing = dataset.missing()
         problems += [f"{split} {k}: {len(f)} of {len(dataset)} files missing, first {f[0]}" for k, f in missing.items()]
         absent = {path.stem for files in missing.values() for path in files}
-        statistics = {task: Statistics(task) for task in dataset.tasks}
+        statistics = {task: Statistics(task, kind.classes.get(task)) for task in dataset.tasks}
         for i, stem in enumerate(tqdm([s for s in dataset.stems if s not in absent], desc=f"reading {split}")):
             try:
                 sample = dataset.read(stem)
@@ -426,10 +630,10 @@ def check(root: Path, sheet: Path) -> int:
                 statistics[task].add(sample[task], dataset.path(task, stem))
         for s in statistics.values():
             problems += s.report()
-    if len(sizes) > 1:
+    if kind is NYUD and len(sizes) > 1:
         problems.append(f"images have {len(sizes)} sizes, {sorted(sizes)}: files of different archives were mixed")
     if samples:
-        keys = ["image", *NYUD.readers]
+        keys = ["image", *kind.readers]
         contact_sheet(keys, [[picture(k, s[k]) for k in keys] for s in samples]).save(sheet)
         print(f"a few samples: {sheet}")
     print("\n".join(f"PROBLEM {p}" for p in problems) or "no problems")
@@ -439,8 +643,8 @@ def check(root: Path, sheet: Path) -> int:
 class Statistics:
     """What `check` says about one task of one split."""
 
-    def __init__(self, task: str):
-        self.task, self.pixels, self.valid = task, 0, 0
+    def __init__(self, task: str, classes: tuple[str, ...] | None):
+        self.task, self.classes, self.pixels, self.valid = task, classes, 0, 0
         self.low, self.high = np.inf, -np.inf
         self.histogram = np.zeros(IGNORE_INDEX, dtype=np.int64)
         self.odd: list[Path] = []  # files whose stored values are not what the format says
@@ -459,12 +663,12 @@ class Statistics:
             return
         if valid.any():
             self.low, self.high = min(self.low, label[valid].min()), max(self.high, label[valid].max())
+        if self.classes:
+            self.histogram += np.bincount(label[valid], minlength=IGNORE_INDEX)
         if self.task == "depth":
             stored = read_array(path, 2)
             if not np.isfinite(stored).all() or (stored < 0).any() or stored.max() > 100:
                 self.odd.append(path)
-        else:
-            self.histogram += np.bincount(label[valid], minlength=IGNORE_INDEX)
 
     def report(self) -> list[str]:
         """Prints a summary; returns the problems."""
@@ -473,7 +677,7 @@ class Statistics:
         print(f"  {self.task}: {share:.1%} of the pixels valid{span}")
         total = max(self.histogram.sum(), 1)
         for c in self.histogram.nonzero()[0]:
-            print(f"    {c:3d} {NYUD_CLASSES[c]:16s} {self.histogram[c] / total:7.2%}")
+            print(f"    {c:3d} {self.classes[c]:16s} {self.histogram[c] / total:7.2%}")
         problems = [] if self.valid else [f"{self.task}: not one valid pixel"]
         if self.odd:
             what = {"depth": "negative, not finite or above 100 m", "normals": "not unit vectors"}[self.task]
@@ -999,44 +1203,550 @@ def render_room(seed: int, index: int, height: int, width: int) -> dict:
     return out
 
 
-# --- Writing the dataset ---------------------------------------------------------------------------------------------
+def write_room(out: Path, stem: str, room: dict) -> None:
+    """The files of NYUD_MT; the normals last (see Renderer)."""
+    save(out / f"images/{stem}.jpg", lambda f: Image.fromarray(room["image"]).save(f, "JPEG", quality=95))
+    save(out / f"segmentation/{stem}.png", lambda f: Image.fromarray(room["semseg"]).save(f, "PNG"))
+    save(out / f"depth/{stem}.npy", lambda f: np.save(f, room["depth"]))
+    save(out / f"normals/{stem}.npy", lambda f: np.save(f, room["normals"]))
 
-ROOMS_VERSION = 1  # raised when the renderer draws other pictures, so that an older set is not taken for a new one
+
+# ======================================================================================================================
+# Figures: people and things on clutter in the layout of PASCAL_MT, the stand-in for PASCAL-Context
+#
+#   (seed, index) → compose: things (person, car, …), lists of Shapes, far to near     unit: image height, any size
+#   → paint_shapes: canvas (2H,2W,3), top (2H,2W) = number of the nearest shape        painter's algorithm
+#   → image (H,W,3) = canvas averaged 2x2; labels (H,W) = look-ups in top, sampled [::2, ::2]
+#
+# Every label comes from the one map `top`, so the picture and its labels cannot disagree. A shape's class shows in its
+# outline alone: all palettes are random and the clutter behind the things wears the same prints.
+# ======================================================================================================================
 
 
-def write_rooms(out: Path, train: int = 800, val: int = 200, size: tuple = (96, 128), seed: int = 0) -> None:
-    """Render train + val rooms into `out`, in the layout of NYUD_MT. Same arguments, same bytes.
+# --- paints and polygons (unit: image height, y down) ----------------------------------------------------------------
+@dataclass(frozen=True)
+class Print:
+    """A two-colour pattern over the picture."""
+
+    pattern: str  # a key of PRINTS
+    colours: np.ndarray  # (2, 3) in 0..1
+    frequency: float  # radians per image height
+    angle: float
+
+
+@dataclass(frozen=True)
+class Shape:
+    polygon: np.ndarray  # (N, 2) x, y
+    paint: Print
+    part: str | None = None
+
+
+@dataclass(frozen=True)
+class Thing:
+    class_name: str
+    shapes: list[Shape]  # far to near
+
+
+PRINTS = {  # u, v: rotated picture coordinates in radians -> share of the second colour, 0..1
+    "flat": lambda u, v: 0 * u,
+    "smooth": lambda u, v: 0.5 + 0.5 * np.sin(u / 8),
+    "stripes": lambda u, v: np.sin(u) > 0,
+    "checks": lambda u, v: np.sin(u) * np.sin(v) > 0,
+    "dots": lambda u, v: np.sin(u) * np.sin(v) > 0.6,
+    "waves": lambda u, v: 0.5 + 0.5 * np.sin(u + 2 * np.sin(v / 3)),
+}
+
+
+def skin_tone(rng) -> np.ndarray:
+    light, dark = np.array([0.97, 0.83, 0.73]), np.array([0.30, 0.19, 0.13])
+    return np.clip(light + (dark - light) * rng.random() + rng.normal(0, 0.02, 3), 0, 1)
+
+
+def random_print(rng) -> Print:
+    # One colour in five is a skin tone, on whatever object: else colour would find the people by itself.
+    first, second = (skin_tone(rng) if rng.random() < 0.2 else rng.random(3) for _ in range(2))
+    second = first + rng.uniform(0.2, 0.7) * (second - first)  # a pattern louder than the outlines hides them
+    pattern = rng.choice(list(PRINTS)) if rng.random() < 0.6 else "flat"
+    return Print(pattern, np.stack([first, second]), rng.uniform(40, 160), rng.uniform(0, np.pi))
+
+
+def plain(colour) -> Print:
+    return Print("flat", np.stack([colour, colour]), 0.0, 0.0)
+
+
+def shade(paint: Print, factor: float) -> Print:
+    return replace(paint, colours=np.clip(paint.colours * factor, 0, 1))
+
+
+def colours_at(paint: Print, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Coordinates (...) -> RGB (..., 3)."""
+    cos, sin = np.cos(paint.angle), np.sin(paint.angle)
+    share = PRINTS[paint.pattern](paint.frequency * (cos * x + sin * y), paint.frequency * (cos * y - sin * x))
+    return paint.colours[0] + share[..., None] * (paint.colours[1] - paint.colours[0])
+
+
+def ellipse(x, y, rx, ry) -> np.ndarray:
+    turn = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    return np.stack([x + rx * np.cos(turn), y + ry * np.sin(turn)], axis=1)
+
+
+def capsule(start, end, start_radius, end_radius) -> np.ndarray:
+    """A limb: half circles round both joints, joined by straight sides."""
+    (x0, y0), (x1, y1) = start, end
+    turn = np.arctan2(y1 - y0, x1 - x0) + np.linspace(np.pi / 2, 3 * np.pi / 2, 9)
+    arc = np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    return np.concatenate([[x0, y0] + start_radius * arc, [x1, y1] - end_radius * arc])
+
+
+def mirrored(outline) -> np.ndarray:
+    """The right half of a symmetric outline, top to bottom -> the whole polygon."""
+    right = np.array(outline, float)
+    return np.concatenate([right, right[::-1] * [-1, 1]])
+
+
+def placed(thing: Thing, x: float, ground: float, size: float, flip: int = 1) -> Thing:
+    """Scales (and for flip = -1 mirrors) a thing and stands its lowest point on `ground`."""
+    lowest = max(shape.polygon[:, 1].max() for shape in thing.shapes)
+    return Thing(
+        thing.class_name,
+        [
+            replace(shape, polygon=(shape.polygon - [0, lowest]) * [size * flip, size] + [x, ground])
+            for shape in thing.shapes
+        ],
+    )
+
+
+# --- people (unit: a person's height, hips at the origin) ------------------------------------------------------------
+# yaw turns the body: 0 faces the viewer, +90 degrees the picture's right, 180 away. The person's left is at the
+# picture's right only while they face us; side = +1 is the person's left and -1 the right, as in PASCAL-Part's names.
+FACE = (
+    ("lear", 1.5, 0.1, 0.30),
+    ("rear", -1.5, 0.1, 0.30),
+    ("leye", 0.5, -0.1, 0.17),
+    ("reye", -0.5, -0.1, 0.17),
+    ("nose", 0.0, 0.2, 0.15),
+    ("mouth", 0.0, 0.55, 0.25),
+)  # part, azimuth, height and radius in head radii
+
+
+def limb(start, segments, angles, yaw: float, side: int) -> list[Shape]:
+    """Chains (part, length, radius, paint) segments; angles: one (swing forward, spread outward) for each."""
+    shapes = []
+    for (part, length, radius, paint), (swing, spread) in zip(segments, angles, strict=True):
+        forward, outward, down = np.sin(swing), np.cos(swing) * np.sin(spread), np.cos(swing) * np.cos(spread)
+        end = start + length * np.array([forward * np.sin(yaw) + side * outward * np.cos(yaw), down])
+        shapes.append(Shape(capsule(start, end, radius, 0.8 * radius), paint, "lr"[side < 0] + part))
+        start = end
+    return shapes
+
+
+def arm(rng, shoulder, yaw, side, sleeve: Print, forearm: Print, skin: Print) -> list[Shape]:
+    swing, spread = rng.uniform(-0.7, 0.9), rng.uniform(0.1, 2.6 if rng.random() < 0.3 else 0.7)
+    below = swing + rng.uniform(0, 1.6), spread + rng.uniform(-0.6, 0.6)  # elbows bend forward only
+    segments = ("uarm", 0.17, 0.048, sleeve), ("larm", 0.15, 0.042, forearm), ("hand", 0.05, 0.040, skin)
+    return limb(shoulder, segments, [(swing, spread), below, below], yaw, side)
+
+
+def leg(rng, hip, yaw, side, sitting: bool, trouser: Print, shin: Print, shoe: Print) -> list[Shape]:
+    swing, spread = rng.uniform(1.1, 1.6) if sitting else rng.uniform(-0.6, 0.7), rng.uniform(0.02, 0.3)
+    below = swing - rng.uniform(*(1.0, 1.7) if sitting else (0.0, 0.8))  # knees bend backward only
+    segments = ("uleg", 0.24, 0.064, trouser), ("lleg", 0.23, 0.048, shin), ("foot", 0.08, 0.034, shoe)
+    return limb(hip, segments, [(swing, spread), (below, spread), (below + 1.3, spread)], yaw, side)
+
+
+def head(rng, chin, yaw: float, skin: Print, hair: Print) -> list[Shape]:
+    x, y, rx, ry = chin[0], chin[1] - 0.07, 0.068, 0.085
+    length = rng.choice([0.0, 0.05])  # short or long hair
+    crown = Shape(ellipse(x - 0.015 * np.sin(yaw), y - 0.012 + length, 1.15 * rx, 1.05 * ry + length), hair, "hair")
+    face = Shape(ellipse(x + 0.02 * np.sin(yaw), y + 0.015, 0.92 * rx, 0.88 * ry), skin, "head")
+    paints = {"leye": plain(rng.random(3) * 0.3), "mouth": plain([0.6, 0.15, 0.15])}
+    paints["reye"] = paints["leye"]
+    features = [
+        Shape(
+            ellipse(x + rx * np.sin(yaw + azimuth), y + ry * up, rx * radius, 0.8 * rx * radius),
+            paints.get(part, shade(skin, 0.8)),
+            part,
+        )
+        for part, azimuth, up, radius in FACE
+        if np.cos(yaw + azimuth) > -0.2
+    ]
+    return [crown, face, *features] if np.cos(yaw) > -0.3 else [face, crown]
+
+
+def person(rng) -> Thing:
+    yaw = rng.choice([rng.normal(0, 0.6), rng.uniform(-np.pi, np.pi)])  # half of them roughly face the camera
+    skin, top, trousers, shoe = plain(skin_tone(rng)), *(random_print(rng) for _ in range(3))
+    forearm, shin = (skin if rng.random() < 0.5 else cloth for cloth in (top, trousers))
+    lean, sitting, broad = rng.normal(0, 0.12), rng.random() < 0.15, abs(np.cos(yaw))
+    across, up = np.array([np.cos(lean), np.sin(lean)]), np.array([np.sin(lean), -np.cos(lean)])
+
+    outline = mirrored(
+        [
+            (0.03, 0.33),
+            (0.05 + 0.06 * broad, 0.30),
+            (0.065 + 0.07 * broad, 0.26),
+            (0.055 + 0.045 * broad, 0.1),
+            (0.06 + 0.055 * broad, -0.02),
+        ]
+    )  # across, up
+    torso = Shape(outline[:, :1] * across + outline[:, 1:] * up, top, "torso")
+    neck = Shape(capsule(0.28 * up, 0.38 * up, 0.036, 0.034), shade(skin, 0.85), "neck")
+    arms, legs = {}, {}
+    near = -1 if np.sin(yaw) > 0 else 1  # turned right shows us the right side
+    for side in (-near, near):
+        light = 1.0 if side == near else 0.8  # tells crossing limbs apart
+        paints = [shade(paint, light) for paint in (top, forearm, skin, trousers, shin, shoe)]
+        left = side * np.cos(yaw) * across
+        arms[side] = arm(rng, 0.27 * up + (0.02 + 0.1 * broad) * left, yaw, side, *paints[:3])
+        legs[side] = leg(rng, 0.065 * left, yaw, side, sitting, *paints[3:])
+    return Thing(
+        "person",
+        [
+            *arms[-near],
+            neck,
+            torso,
+            *legs[-near],
+            *legs[near],
+            *head(rng, 0.37 * up, yaw, skin, random_print(rng)),
+            *arms[near],
+        ],
+    )
+
+
+# --- other classes (unit: about the thing's longer side) -------------------------------------------------------------
+def car(rng) -> Thing:
+    body, glass, tyre, hub = (random_print(rng) for _ in range(4))
+    roof, rear, front = -rng.uniform(0.36, 0.48), -rng.uniform(0.12, 0.36), rng.uniform(0.02, 0.16)
+    outline = [
+        (-0.5, -0.08),
+        (-0.5, -0.25),
+        (rear - 0.1, -0.27),
+        (rear, roof),
+        (front, roof),
+        (front + 0.15, -0.27),
+        (0.46, -0.23),
+        (0.5, -0.18),
+        (0.5, -0.08),
+    ]
+    window = [(rear - 0.05, -0.27), (rear + 0.02, roof + 0.03), (front, roof + 0.03), (front + 0.1, -0.27)]
+    pillar = (rear + front) / 2
+    shapes = [
+        Shape(np.array(outline), body),
+        Shape(np.array(window), glass, "window_1"),
+        Shape(capsule((pillar, roof + 0.03), (pillar, -0.27), 0.02, 0.02), body),
+    ]
+    for part, x in (("fwheel", 0.3), ("bwheel", -0.3)):
+        shapes += [Shape(ellipse(x, -0.08, 0.095, 0.095), tyre, part), Shape(ellipse(x, -0.08, 0.05, 0.05), hub, part)]
+    return Thing("car", shapes)
+
+
+def bottle(rng) -> Thing:
+    glass, label, cap = (random_print(rng) for _ in range(3))
+    width, neck, shoulder = rng.uniform(0.11, 0.17), rng.uniform(0.035, 0.055), -rng.uniform(0.5, 0.62)
+    outline = [(neck, -0.95), (neck, shoulder - 0.17), (0.8 * width, shoulder - 0.06), (width, shoulder), (width, 0)]
+    tag = [(width, shoulder + 0.06), (width, shoulder + rng.uniform(0.2, 0.35))]
+    lid = [(neck + 0.01, -1.0), (neck + 0.01, -0.92)]
+    return Thing(
+        "bottle",
+        [
+            Shape(mirrored(outline), glass, "body"),
+            Shape(mirrored(tag), label, "body"),
+            Shape(mirrored(lid), cap, "cap"),
+        ],
+    )
+
+
+def chair(rng) -> Thing:
+    """Seen from the front at an angle; one sees through the back, as with PASCAL's chairs. PASCAL-Part has no parts."""
+    wood, cushion = random_print(rng), random_print(rng)
+    width, depth, seat, bar = rng.uniform(0.4, 0.5), rng.uniform(0.12, 0.22), -rng.uniform(0.42, 0.5), 0.03
+    back = np.array([depth, -0.6 * depth])  # from the front edge to the back edge
+    corners = np.array([[0, seat], [width, seat], [width, seat] + back, [0, seat] + back]) - [width / 2, 0]
+    tops = corners[[3, 2]] - [0, rng.uniform(0.42, 0.52)]
+    feet = [(corner, corner * [1, 0] + [0, dy]) for corner, dy in zip(corners, (0, 0, back[1], back[1]), strict=True)]
+    posts = list(zip(corners[[3, 2]], tops, strict=True))
+    rails = [
+        (corners[3] + (tops[0] - corners[3]) * t, corners[2] + (tops[1] - corners[2]) * t)
+        for t in np.linspace(rng.uniform(0.3, 0.6), 1, rng.integers(2, 5))
+    ]
+    bars = [Shape(capsule(start, end, bar, bar), wood) for start, end in feet[2:] + rails + posts + feet[:2]]
+    return Thing("chair", [*bars[:-2], Shape(corners, cushion), *bars[-2:]])
+
+
+def dog(rng) -> Thing:
+    fur, marking = random_print(rng), random_print(rng)
+    far = shade(fur, 0.75)
+    shoulder, rump = np.array([0.25, -0.38]), np.array([-0.28, -0.36])
+    face = shoulder + [rng.uniform(0.1, 0.2), -rng.uniform(0.1, 0.24)]
+    snout, ear = face + [0.15, rng.uniform(0, 0.06)], face + [-0.06, rng.choice([-0.13, 0.1])]  # pricked or hanging
+
+    def paw(part, hip, paint):
+        return Shape(capsule(hip, [hip[0] + rng.uniform(-0.12, 0.12), -0.03], 0.065, 0.04), paint, part)
+
+    return Thing(
+        "dog",
+        [
+            paw("lfleg", shoulder, far),
+            paw("lbleg", rump, far),
+            Shape(capsule(rump, rump + [-rng.uniform(0.1, 0.2), -rng.uniform(-0.1, 0.2)], 0.04, 0.02), fur, "tail"),
+            Shape(capsule(rump, shoulder, 0.12, 0.14), fur, "torso"),
+            Shape(capsule(shoulder, face, 0.1, 0.07), fur, "neck"),
+            paw("rfleg", shoulder, fur),
+            paw("rbleg", rump, fur),
+            Shape(ellipse(*face, 0.1, 0.09), fur, "head"),
+            Shape(capsule(face, snout, 0.06, 0.045), marking, "muzzle"),
+            Shape(capsule(face - [0.03, 0.03], ear, 0.045, 0.025), marking, "rear"),
+            Shape(ellipse(*(snout + [0.03, -0.02]), 0.025, 0.02), far, "nose"),
+            Shape(ellipse(*(face + [0.03, -0.03]), 0.015, 0.015), shade(marking, 0.3), "reye"),
+        ],
+    )
+
+
+def pottedplant(rng) -> Thing:
+    pot, leaf = random_print(rng), random_print(rng)
+    width, slim = rng.uniform(0.16, 0.22), rng.uniform(0.1, 0.2)
+    blade = mirrored([(0, 1), (slim * 0.6, 0.7), (slim * 0.5, 0.4), (0.02, 0)])  # root to tip, length 1
+    shapes = []
+    for angle in rng.permutation(np.linspace(-1.3, 1.3, rng.integers(6, 11))):
+        along, across = np.array([np.sin(angle), -np.cos(angle)]), np.array([np.cos(angle), np.sin(angle)])
+        polygon = rng.uniform(0.45, 0.68) * (blade[:, :1] * across + blade[:, 1:] * along) + [0, -0.33]
+        shapes.append(Shape(polygon, shade(leaf, rng.uniform(0.7, 1.2)), "plant"))
+    rim = mirrored([(width + 0.03, -0.38), (width + 0.03, -0.3)])
+    shapes += [Shape(mirrored([(width, -0.34), (0.7 * width, 0)]), pot, "pot"), Shape(rim, shade(pot, 1.2), "pot")]
+    return Thing("pottedplant", shapes)
+
+
+OTHERS = ((car, 0.75, 1.3), (bottle, 0.4, 0.9), (chair, 0.5, 0.9), (dog, 0.5, 0.95), (pottedplant, 0.5, 0.9))  # sizes
+
+
+# --- a scene and its labels ------------------------------------------------------------------------------------------
+def compose(rng, aspect: float) -> list[Thing]:
+    """Up to three people and up to three other things side by side, far to near; no scene is empty."""
+    people = rng.choice(4, p=[0.25, 0.42, 0.22, 0.11])
+    others = rng.choice(3, p=[0.4, 0.4, 0.2]) if people else rng.integers(1, 4)
+    slots = (rng.permutation(people + others) + rng.uniform(0.1, 0.9, people + others)) / (people + others) * aspect
+    things = []  # (ground, thing)
+    for x in slots[:people]:
+        close = rng.random() < 0.2  # cut by the lower border
+        size, ground = rng.uniform([0.9, 1.1], [1.2, 1.4]) if close else rng.uniform([0.6, 0.85], [1.0, 1.02])
+        figure = placed(person(rng), x, ground, size)
+        if rng.random() < 0.1:  # PASCAL-Part leaves some people out
+            figure = replace(figure, shapes=[replace(shape, part=None) for shape in figure.shapes])
+        things.append((ground, figure))
+    for x in slots[people:]:
+        make, smallest, largest = OTHERS[rng.integers(len(OTHERS))]
+        ground = rng.uniform(0.7, 1.05)
+        things.append((ground, placed(make(rng), x, ground, rng.uniform(smallest, largest), rng.choice([-1, 1]))))
+    return [thing for _, thing in sorted(things, key=lambda pair: pair[0])]  # who stands lower is nearer
+
+
+def clutter(rng, aspect: float) -> list[Shape]:
+    """Wall, floor, and blobs, bars and polygons that are no object."""
+    horizon = rng.uniform(0.3, 0.9)
+    wall, floor = (np.array([(0, y), (aspect, y), (aspect, y + 1), (0, y + 1)]) for y in (0, horizon))
+    shapes = [Shape(wall, random_print(rng)), Shape(floor, random_print(rng))]
+    for _ in range(rng.integers(8, 25)):
+        (x, y), (rx, ry) = rng.uniform(0, [aspect, 1]), rng.uniform(0.02, 0.2, 2)
+        outline = (
+            ellipse(x, y, rx, ry),
+            capsule([x, y], [x + 3 * rx - 0.3, y + 3 * ry - 0.3], 0.03, 0.03),
+            [x, y] + rng.normal(0, 0.1, (rng.integers(3, 6), 2)),
+        )[rng.integers(3)]
+        shapes.append(Shape(outline, random_print(rng)))
+    return shapes
+
+
+def paint_shapes(shapes: list[Shape], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """-> canvas (height, width, 3) in 0..1, top (height, width): the visible shape, counted from 1 (0 = none)."""
+    y, x = (np.indices((height, width)) + 0.5) / height
+    canvas, top = np.zeros((height, width, 3)), np.zeros((height, width), np.int32)
+    for number, shape in enumerate(shapes, 1):
+        stencil = Image.new("L", (width, height))
+        ImageDraw.Draw(stencil).polygon((shape.polygon * height - 0.5).ravel().tolist(), fill=1)
+        covered = np.asarray(stencil) > 0
+        canvas[covered] = colours_at(shape.paint, x[covered], y[covered])
+        top[covered] = number
+    return canvas, top
+
+
+def photograph(rng, canvas: np.ndarray) -> np.ndarray:
+    """(2H, 2W, 3) -> (H, W, 3) uint8: a light from one side, contrast, 2x2 averaging, sensor noise."""
+    height, width = canvas.shape[0] // 2, canvas.shape[1] // 2
+    y, x = np.mgrid[-1 : 1 : 2j * height, -1 : 1 : 2j * width][..., None]
+    (slope_x, slope_y), gain, contrast = rng.normal(0, 0.15, 2), rng.uniform(0.7, 1.15), rng.uniform(0.6, 1.1)
+    lit = ((canvas - 0.5) * contrast + 0.5) * gain * (1 + slope_x * x + slope_y * y)
+    image = lit.reshape(height, 2, width, 2, 3).mean(axis=(1, 3))
+    # The noise is the only draw whose count depends on the size; drawn last, it leaves the scene the same at any size.
+    image += rng.normal(0, rng.uniform(0.01, 0.03), image.shape)
+    return (255 * np.clip(image, 0, 1)).round().astype(np.uint8)
+
+
+def soft_map(rng, salient: np.ndarray) -> np.ndarray:
+    """(H, W) bool -> uint8 that looks distilled: never quite 0 or 255, soft at the outline; > 127 is still the mask."""
+    blurred = Image.fromarray(255 * salient.astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.008 * len(salient)))
+    low, high = rng.uniform(0, 20), rng.uniform(230, 255)
+    return (low + (high - low) / 255 * np.asarray(blurred, float)).round().astype(np.uint8)
+
+
+def semantic_map(things: list[Thing], owner: np.ndarray) -> np.ndarray:
+    """(H, W) number of the visible thing -> (H, W) uint8 VOC class, with VOC's ignored band (1 pixel) on outlines."""
+    semseg = np.array([0, *(VOC_CLASSES.index(thing.class_name) for thing in things)], np.uint8)[owner]
+    semseg[:, :-1][owner[:, :-1] != owner[:, 1:]] = IGNORE_INDEX
+    semseg[:-1][owner[:-1] != owner[1:]] = IGNORE_INDEX
+    return semseg
+
+
+def annotate(thing: Thing, first: int, top: np.ndarray) -> dict:
+    """What is visible in top (H, W) of a thing whose shapes are numbered from `first`, as PASCAL-Part says it."""
+    numbers = {}  # part -> its shapes
+    for number, shape in enumerate(thing.shapes, first):
+        numbers.setdefault(shape.part, []).append(number)
+    parts = [(part, np.isin(top, numbers[part]).astype(np.uint8)) for part in numbers if part]
+    whole = (top >= first) & (top < first + len(thing.shapes))
+    return {
+        "class_name": thing.class_name,
+        "class_index": VOC_CLASSES.index(thing.class_name),
+        "mask": whole.astype(np.uint8),
+        "parts": [(part, mask) for part, mask in parts if mask.any()],
+    }
+
+
+def salient_mask(objects: list[dict]) -> np.ndarray:
+    """All people or, where there are none, the thing that covers most -> (H, W) bool."""
+    people = [thing["mask"] for thing in objects if thing["class_index"] == PERSON]
+    return np.any(people or [max((thing["mask"] for thing in objects), key=np.sum)], axis=0)
+
+
+def render_figures(seed: int, index: int, height: int, width: int) -> dict:
+    """One picture and its labels, the same for the same (seed, index), and the same scene at any size.
+
+    image (H, W, 3) uint8 RGB; semseg (H, W) uint8, VOC class, 255 = ignore; saliency (H, W) uint8, salient > 127;
+    objects: a dict for every visible thing, far to near: {class_name, class_index, mask: (H, W) uint8 0/1 of its
+    visible pixels, parts: [(name, mask (H, W) uint8 0/1), ...]}, parts empty for one person in ten and for chairs.
+    """
+    rng = np.random.default_rng((seed, index))
+    things, background = compose(rng, width / height), clutter(rng, width / height)
+    shapes = background + [shape for thing in things for shape in thing.shapes]
+    canvas, top = paint_shapes(shapes, 2 * height, 2 * width)
+    top = top[::2, ::2]  # labels cannot be averaged: sample
+
+    starts = np.cumsum([len(background) + 1, *(len(thing.shapes) for thing in things)])  # first shape of each
+    owner = np.searchsorted(starts[:-1], top, side="right")  # 0 = background, k = things[k - 1]
+    objects = [annotate(thing, start, top) for thing, start in zip(things, starts[:-1], strict=True)]
+    saliency = soft_map(rng, salient_mask(objects))
+    return {
+        "image": photograph(rng, canvas),
+        "semseg": semantic_map(things, owner),
+        "saliency": saliency,
+        "objects": [thing for thing in objects if thing["mask"].any()],
+    }
+
+
+# --- PASCAL-Part's .mat -----------------------------------------------------------------------------------------------
+
+
+def struct_array(fields: str, rows: list[tuple]) -> np.ndarray:
+    """A MATLAB 1xN struct array; none at all is MATLAB's [], as in the real files."""
+    if not rows:
+        return np.zeros((0, 0))
+    array = np.empty((1, len(rows)), dtype=[(field, object) for field in fields.split()])
+    for column, row in enumerate(rows):
+        array[0, column] = row
+    return array
+
+
+def write_part_mat(file, stem: str, objects: list[dict]) -> None:
+    """Writes `objects` (see `render_figures`) into an open file as PASCAL-Part does: anno.objects(n).parts(m)."""
+    rows = [
+        (
+            thing["class_name"],
+            float(thing["class_index"]),
+            thing["mask"],
+            struct_array("part_name mask", thing["parts"]),
+        )
+        for thing in objects
+    ]
+    anno = {"imname": stem, "objects": struct_array("class class_ind mask parts", rows)}
+    buffer = io.BytesIO()
+    scipy.io.savemat(buffer, {"anno": anno}, do_compression=True)
+    # A MAT-file opens with 116 bytes of free text, where scipy puts the time of day: that must go for equal bytes.
+    file.write(b"MATLAB 5.0 MAT-file, rendered figures".ljust(116) + buffer.getvalue()[116:])
+
+
+def write_figures(out: Path, stem: str, scene: dict) -> None:
+    """The files of PASCAL_MT; the saliency last (see Renderer)."""
+    save(out / f"JPEGImages/{stem}.jpg", lambda f: Image.fromarray(scene["image"]).save(f, "JPEG", quality=95))
+    save(out / f"semseg/VOC12/{stem}.png", lambda f: Image.fromarray(scene["semseg"]).save(f, "PNG"))
+    save(out / f"human_parts/{stem}.mat", lambda f: write_part_mat(f, stem, scene["objects"]))
+    save(out / f"sal_distill/{stem}.png", lambda f: Image.fromarray(scene["saliency"]).save(f, "PNG"))
+
+
+# ======================================================================================================================
+# Rendered sets on disk
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class Renderer:
+    version: int  # raised when other pictures are drawn, so that an older set is not taken for a new one
+    render: Callable  # (seed, index, height, width) → scene
+    write: Callable  # (folder, stem, scene)
+    kind: type[DenseDataset]
+    folders: tuple[str, ...]
+    last: str  # pattern of the file that `write` writes last: where it exists, the others do
+
+
+RENDERERS = {
+    "rooms": Renderer(
+        1, render_room, write_room, NYUD,
+        ("gt_sets", "images", "segmentation", "depth", "normals"), "normals/{}.npy",
+    ),
+    "figures": Renderer(
+        1, render_figures, write_figures, PASCAL,
+        ("ImageSets/Context", "JPEGImages", "semseg/VOC12", "human_parts", "sal_distill"), "sal_distill/{}.png",
+    ),
+}  # fmt: skip
+
+
+def render_set(name: str, out: Path, train: int = 800, val: int = 200, size: tuple = (96, 128), seed: int = 0) -> None:
+    """Render train + val scenes of RENDERERS[name] into `out`. Same arguments, same bytes.
 
     A set cut short is finished by the next call; a complete one is left as it is. Raises DataError if `out` holds a set
     with other arguments, or something else: nothing is overwritten.
     """
-    wanted = {"renderer": ROOMS_VERSION, "seed": seed, "size": list(size), "train": train, "val": val}
+    renderer = RENDERERS[name]
+    wanted = {"scenes": name, "version": renderer.version, "seed": seed, "size": list(size), "train": train, "val": val}
     if set_is_complete(out, wanted):
         return
-    for folder in ("gt_sets", "images", "segmentation", "depth", "normals"):
+    for folder in renderer.folders:
         (out / folder).mkdir(parents=True, exist_ok=True)
-    save(out / "rooms.json", lambda f: f.write(json.dumps({**wanted, "complete": False}).encode()))
-    stems = [f"room_{i:05d}" for i in range(train + val)]
+    save(out / "rendered.json", lambda f: f.write(json.dumps({**wanted, "complete": False}).encode()))
+    stems = [f"{name}_{i:05d}" for i in range(train + val)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        jobs = pool.map(partial(write_room, out, seed, size), range(len(stems)), chunksize=8)
-        list(tqdm(jobs, total=len(stems), desc=f"rendering {out}", unit="room"))
+        jobs = pool.map(partial(write_scene, name, out, seed, size), range(len(stems)), stems, chunksize=8)
+        list(tqdm(jobs, total=len(stems), desc=f"rendering {out}"))
     for split, part in (("train", stems[:train]), ("val", stems[train:])):
-        save(out / "gt_sets" / f"{split}.txt", lambda f, part=part: f.write("\n".join(part).encode()))
-    save(out / "rooms.json", lambda f: f.write(json.dumps({**wanted, "complete": True}).encode()))
+        save(out / renderer.kind.lists.format(split), lambda f, part=part: f.write("\n".join(part).encode()))
+    save(out / "rendered.json", lambda f: f.write(json.dumps({**wanted, "complete": True}).encode()))
+
+
+def write_scene(name: str, out: Path, seed: int, size: tuple, index: int, stem: str) -> None:
+    renderer = RENDERERS[name]
+    if not (out / renderer.last.format(stem)).exists():
+        renderer.write(out, stem, renderer.render(seed, index, *size))
 
 
 def set_is_complete(out: Path, wanted: dict) -> bool:
     """Does `out` hold exactly this set, whole? False: it is empty or was begun. DataError: it holds something else."""
     if not out.exists() or not any(out.iterdir()):
         return False
-    marker = out / "rooms.json"
     try:
-        found = json.loads(marker.read_text())
+        found = json.loads((out / "rendered.json").read_text())
         complete = found.pop("complete")
     except (OSError, ValueError, AttributeError, KeyError):
-        raise DataError(f"{out} is not empty and has no valid rooms.json: render into another folder") from None
+        raise DataError(f"{out} is not empty and has no valid rendered.json: render into another folder") from None
     if found != wanted:
-        raise DataError(f"{out} holds rooms with {found}, wanted {wanted}: delete the folder or choose another one")
+        raise DataError(f"{out} holds {found}, wanted {wanted}: delete the folder or choose another one")
     return complete
 
 
@@ -1048,46 +1758,38 @@ def save(path: Path, write) -> None:
     os.replace(temporary, path)
 
 
-def write_room(out: Path, seed: int, size: tuple, index: int) -> None:
-    """One room's four files; the normals last, so that they tell whether the others are there."""
-    stem = f"room_{index:05d}"
-    last = out / f"normals/{stem}.npy"
-    if last.exists():
-        return
-    room = render_room(seed, index, *size)
-    save(out / f"images/{stem}.jpg", lambda f: Image.fromarray(room["image"]).save(f, "JPEG", quality=95))
-    save(out / f"segmentation/{stem}.png", lambda f: Image.fromarray(room["semseg"]).save(f, "PNG"))
-    save(out / f"depth/{stem}.npy", lambda f: np.save(f, room["depth"]))
-    save(last, lambda f: np.save(f, room["normals"]))
-
-
 # ======================================================================================================================
 # Command line
 # ======================================================================================================================
 
 
+DATASETS = {"nyud": NYUD, "rooms": NYUD, "pascal": PASCAL, "figures": PASCAL}
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Render the stand-in dataset, or check an archive.")
+    parser = argparse.ArgumentParser(description="Render a stand-in dataset, or check an archive.")
     commands = parser.add_subparsers(dest="command", required=True)
-    rooms = commands.add_parser("rooms", help="render indoor scenes in the layout of NYUD_MT")
-    rooms.add_argument("--out", type=Path, default=Path("data/rooms"))
-    rooms.add_argument("--train", type=int, default=800, help="images in the training split")
-    rooms.add_argument("--val", type=int, default=200)
-    rooms.add_argument("--size", type=int, nargs=2, default=(96, 128), metavar=("H", "W"))
-    rooms.add_argument("--seed", type=int, default=0)
+    for name, layout in (("rooms", "NYUD_MT"), ("figures", "PASCAL_MT")):
+        render = commands.add_parser(name, help=f"render {name} in the layout of {layout}")
+        render.add_argument("--out", type=Path, default=Path("data") / name)
+        render.add_argument("--train", type=int, default=800, help="images in the training split")
+        render.add_argument("--val", type=int, default=200)
+        render.add_argument("--size", type=int, nargs=2, default=(96, 128), metavar=("H", "W"))
+        render.add_argument("--seed", type=int, default=0)
     checker = commands.add_parser("check", help="read every file; exit status 1 if anything is wrong")
-    checker.add_argument("--dataset", choices=["nyud", "rooms"], default="nyud")
+    checker.add_argument("--dataset", choices=list(DATASETS), default="nyud")
     checker.add_argument("--root", type=Path, required=True)
     checker.add_argument("--sheet", type=Path, default=None, help="contact sheet, default check_DATASET.png")
     args = parser.parse_args()
     try:
-        if args.command == "rooms":
-            if min(args.train, args.val, *args.size) < 1 or args.seed < 0:
-                raise DataError("--train, --val and --size take positive numbers, --seed one that is not negative")
-            write_rooms(args.out, args.train, args.val, tuple(args.size), args.seed)
-            print(f"{args.train} + {args.val} rooms in {args.out}")
-            return 0
-        return 1 if check(args.root, args.sheet or Path(f"check_{args.dataset}.png")) else 0
+        if args.command == "check":
+            sheet = args.sheet or Path(f"check_{args.dataset}.png")
+            return 1 if check(DATASETS[args.dataset], args.root, sheet) else 0
+        if min(args.train, args.val, *args.size) < 1 or args.seed < 0:
+            raise DataError("--train, --val and --size take positive numbers, --seed one that is not negative")
+        render_set(args.command, args.out, args.train, args.val, tuple(args.size), args.seed)
+        print(f"{args.train} + {args.val} {args.command} in {args.out}")
+        return 0
     except DataError as error:
         print(error, file=sys.stderr)
         return 1 if args.command == "check" else 2

@@ -6,23 +6,24 @@ bottom beside the paper; it needs torch and timm, and no other file of this repo
 
 One network predicts several dense maps of one image, for example segmentation, depth and surface normals. The paper's
 Figure 2, with its symbols, is the table of contents (B images of H x W pixels, T tasks, C = 256 channels,
-h x w = H/4 x W/4):
+h x w = H/4 x W/4; ⊙ multiplies elementwise, σ is the sigmoid, [a; b] concatenates channels):
 
     x (B,3,H,W)
      └─ Backbone ──────── c2, c3, c4, c5                     strides 4, 8, 16, 32
-          └─ PixelDecoder ─────── P (B,C,h,w)                per-pixel embedding
+          └─ PixelDecoder ─────── P (B,C,h,w)                per-pixel embedding, and three coarse maps
                └─ QueryDecoder ── M (B,N,h,w)                one mask (logits) per learned query, N = 100
                      R = P ⊙ Σ_n M_n (B,C,h,w)               shared representation
      for every task t:
        TaskDecoder          R → F_t = (F1, F2, F3)           (C,h,w), (2C,h/2,w/2), (4C,h/4,w/4)
        FeaturePyramid       F_t → X_t (B,C,h,w)              the task's own representation
-       CoherenceFusion      X_t with all X_u, u ≠ t → X̂_t    CFM; decoded into ŷ_initial
-       TraceBack            X̂_t through F3, F2, F1           SRM_3 → SRM_2 → SRM_1; the last decodes into ŷ_final
-     LPS                    the T task losses → one number to minimise
+       CoherenceFusion      X_t with all X_u, u ≠ t → X̂_t    coherence fusion module, CFM; decoded into ŷ_initial
+       TraceBack            X̂_t through F3, F2, F1           spatial refinement modules, SRM_3 → SRM_2 → SRM_1;
+                                                             decoded into two ŷ_intermediate and ŷ_final
+     LPS                    the T task losses → one number   loss prioritisation scheme
 
 Two ideas carry the method. *Coherence*: the tasks describe one scene, so where the other tasks find two pixels alike,
 a task should too; CFM and the trace-back send that information across tasks and back down every decoder.
-*Prioritisation*: LPS puts the losses on one scale and gives weight to the tasks that lag behind.
+*Prioritisation*: LPS compresses the losses to a common scale and gives weight to the tasks that lag behind.
 
 The parts MT-CP is built from, cited where they are used:
   [Mask2Former]  Cheng et al., CVPR 2022, arXiv 2112.01527        [Swin]   Liu et al., ICCV 2021, arXiv 2103.14030
@@ -59,7 +60,7 @@ class Task:
     channels  of the prediction
     output    what a head's raw output is turned into, a key of OUTPUTS
     loss      a key of LOSSES
-    metric    the headline figure, a key of what the metric of this task reports
+    metric    the headline figure by which models are compared (train.py computes it)
     better    +1 where a higher metric is better, -1 where a lower one is
     """
 
@@ -87,7 +88,7 @@ IGNORE_INDEX = 255  # of every class label; pixels carrying it take part in no l
 
 @dataclass(frozen=True)
 class MTCPConfig:
-    """Every size of the network. The defaults are those of the paper's Swin-S model; PRESETS holds the variants."""
+    """Every size of the network. The defaults are the sizes of the paper's Swin-S model; PRESETS holds the variants."""
 
     backbone: str = "swin_small_patch4_window7_224"  # any timm name with features; see Backbone
     backbone_args: dict = field(default_factory=dict)  # extra arguments for timm.create_model
@@ -99,12 +100,12 @@ class MTCPConfig:
     attention_heads: int = 8  # of the pixel decoder and the query decoder
     points: int = 4  # sampling points per head and level
     queries: int = 100  # N
-    query_layers: int = 9  # a multiple of 3, so that each of the three strides is visited equally often
+    query_layers: int = 9  # best a multiple of 3, so that each of the three strides is read equally often
     query_ffn: int = 2048
     task_depths: tuple[int, int, int] = (1, 2, 1)  # Swin blocks in the stages F1, F2, F3
     task_heads: int = 2
     window: int = 7
-    cfm: bool = True  # False: X̂_t = X_t, the tasks never meet
+    cfm: bool = True  # False: X̂_t = X_t, no exchange between tasks after R
     cfm_heads: int = 1
     cfm_stride: int = 1  # 1 = exact; s pools keys and values by s x s
     trace_back: bool = True  # False: ŷ_final is decoded from X̂_t
@@ -119,7 +120,7 @@ PRESETS = {
         drop_path=0.0,
         width=32,
         cfm_stride=2,
-        pixel_layers=1,
+        pixel_layers=2,
         pixel_ffn=128,
         attention_heads=4,
         queries=16,
@@ -154,9 +155,8 @@ class CBAM(nn.Module):
 
     def __init__(self, C: int, reduction: int = 16):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(C, C // reduction, bias=False), nn.ReLU(), nn.Linear(C // reduction, C, bias=False)
-        )
+        hidden = max(C // reduction, 1)
+        self.mlp = nn.Sequential(nn.Linear(C, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, C, bias=False))
         self.place = nn.Sequential(nn.Conv2d(2, 1, 7, padding=3, bias=False), nn.BatchNorm2d(1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -228,7 +228,10 @@ class Backbone(nn.Module):
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """One ViT map (B,D,H/16,W/16) → maps at strides 4, 8, 16, 32 by (de)convolution alone [ViTDet, section 3]."""
+    """One ViT map (B,D,H/16,W/16) → maps at strides 4, 8, 16, 32 by deconvolution and pooling [ViTDet, section 3].
+
+    DEPARTURE: without [ViTDet]'s further convolutions on every map, since the pixel decoder projects each one anyway.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
@@ -253,18 +256,18 @@ class PixelDecoder(nn.Module):
     """[c2, c3, c4, c5] → P (B,C,h,w) and the three maps (B,C,·,·) at strides 32, 16, 8 that the queries will read.
 
     The three coarse maps become one long sequence of pixels that exchange information by deformable attention; a single
-    [FPN] step then brings the result to stride 4.
+    [FPN] step then brings the result to stride 4. (Deformable attention and the small helpers are in the appendix.)
     """
 
     def __init__(self, channels: list[int], cfg: MTCPConfig):
         super().__init__()
-        C, (c2, *coarse) = cfg.width, channels
+        C, (c2_channels, *coarse_channels) = cfg.width, channels
         self.project = nn.ModuleList(  # for strides 32, 16, 8: coarse to fine, as everywhere in Mask2Former
-            nn.Sequential(nn.Conv2d(c, C, 1), _group_norm(C)) for c in reversed(coarse)
+            nn.Sequential(nn.Conv2d(c, C, 1), _group_norm(C)) for c in reversed(coarse_channels)
         )
-        self.level_embed = nn.Parameter(torch.randn(len(coarse), C))
-        self.layers = nn.ModuleList(DeformableLayer(cfg, len(coarse)) for _ in range(cfg.pixel_layers))
-        self.lateral = nn.Sequential(nn.Conv2d(c2, C, 1, bias=False), _group_norm(C))
+        self.level_embed = nn.Parameter(torch.randn(len(coarse_channels), C))
+        self.layers = nn.ModuleList(DeformableLayer(cfg, len(coarse_channels)) for _ in range(cfg.pixel_layers))
+        self.lateral = nn.Sequential(nn.Conv2d(c2_channels, C, 1, bias=False), _group_norm(C))
         self.smooth = nn.Sequential(nn.Conv2d(C, C, 3, padding=1, bias=False), _group_norm(C), nn.ReLU())
         self.to_P = nn.Conv2d(C, C, 1)
 
@@ -275,7 +278,7 @@ class PixelDecoder(nn.Module):
 
         # Attention is blind to order: a sine code says where a pixel is, a learned vector on which level.
         position = [sine_embedding(m) + e[None, :, None, None] for m, e in zip(x, self.level_embed, strict=True)]
-        x, position = to_sequence(x), to_sequence(position)  # (B,L,C), L = pixels of all levels together
+        x, position = to_sequence(x), to_sequence(position)  # (B,L,C), (1,L,C), L = pixels of all levels together
         reference = pixel_centres(sizes, x)  # (L,2)
         for layer in self.layers:
             x = layer(x, position, reference, sizes)
@@ -334,11 +337,11 @@ class QueryDecoder(nn.Module):
         self.mask_embed = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, C), nn.ReLU(), nn.Linear(C, C))
 
     def forward(self, P: Tensor, maps: list[Tensor]) -> Tensor:
-        position = [to_sequence([sine_embedding(m)]) for m in maps]
+        position = [to_sequence([sine_embedding(m)]) for m in maps]  # (1,h_l·w_l,C)
         memory = [to_sequence([m]) + e for m, e in zip(maps, self.level_embed.weight, strict=True)]  # (B,h_l·w_l,C)
         # A mask is a dot product with P, and resizing is linear too: resizing P once for each level gives the same
         # small masks as resizing N large masks after every layer.
-        small_P = [resize(P, m.shape[-2:]).detach() for m in maps]
+        small_P = [resize(P.detach(), m.shape[-2:]) for m in maps]
 
         q = self.query_features.weight.expand(len(P), -1, -1)  # (B,N,C)
         for i, layer in enumerate(self.layers):
@@ -360,7 +363,10 @@ class QueryDecoder(nn.Module):
 
 
 class QueryLayer(nn.Module):
-    """Masked cross-attention → self-attention → FFN, post-norm. In this order, so that fresh queries read first."""
+    """Masked cross-attention → self-attention → FFN, post-norm.
+
+    In this order, since fresh queries hold nothing of the image yet that they could tell each other.
+    """
 
     def __init__(self, cfg: MTCPConfig):
         super().__init__()
@@ -371,6 +377,9 @@ class QueryLayer(nn.Module):
         self.norm2 = nn.LayerNorm(C)
         self.ffn = _ffn(C, cfg.query_ffn)
         self.norm3 = nn.LayerNorm(C)
+        for p in self.parameters():
+            if p.dim() > 1:
+                nn.init.xavier_uniform_(p)  # as [Mask2Former] and DETR do
 
     def forward(self, q: Tensor, q_position: Tensor, memory: Tensor, m_position: Tensor, hidden: Tensor) -> Tensor:
         # Positions steer where to look (queries and keys), never what is read there (values).
@@ -389,12 +398,16 @@ class QueryLayer(nn.Module):
 
 
 def shared_representation(P: Tensor, M: Tensor) -> Tensor:
-    """P (B,C,h,w), M (B,N,h,w) → R (B,C,h,w): the embedding of each pixel, times the votes of all queries for it.
+    """P (B,C,h,w), M (B,N,h,w) → R (B,C,h,w): the embedding of each pixel, times all queries' summed logits for it.
+
+    As every M_n is a dot product e_n · P, so is their sum: R = P ⊙ ((Σ_n e_n) · P). Single masks act inside the query
+    decoder only, by steering its attention.
 
     DEPARTURE: R is divided by its root mean square, one number per image. Σ_n M_n adds N logits: around 0 at
-    initialisation, but far below 0 in a trained Mask2Former, where most masks say "not mine" of most pixels. Without
-    the division the scale of everything downstream would depend on N and on where the weights came from. Not a
-    LayerNorm over channels: that would divide out Σ_n M_n itself, pixel by pixel, and leave only its sign.
+    initialisation, but far below 0 in a trained Mask2Former (which the paper starts from), where most masks say "not
+    mine" of most pixels. Without the division the scale of everything downstream would depend on N and on where the
+    weights came from. Not a LayerNorm over channels: that would divide out Σ_n M_n itself, pixel by pixel, and leave
+    only its sign.
     """
     R = P * M.sum(dim=1, keepdim=True)
     rms = R.float().square().mean(dim=(1, 2, 3), keepdim=True).add(1e-12).sqrt()
@@ -459,22 +472,23 @@ class CoherenceFusion(nn.Module):
     """Main task X_t (B,C,h,w) and its auxiliaries [X_u (B,C,h,w), …] → X̂_t (B,C,h,w).
 
         A   = ReLU(conv1×1 [X_u ⊙ σ(conv1×1 X_u)]_u)        what the other tasks say, each pixel gated
-        Q,K = ReLU(BN(CBAM A)), twice                       affinity between pixels, from the OTHER tasks
+        Q,K = ReLU(BN(CBAM A)), each with its own weights   affinity between pixels, from the OTHER tasks
         V   = BN(CBAM X_t)                                  content, from the main task
-        X̂_t = BN(CBAM(softmax(Q Kᵀ) V))
+        X̂_t = BN(CBAM(softmax(τ cos(Q, K)) V))              in the paper softmax(Q Kᵀ) V, see DEPARTURE
 
     Where the other tasks see two pixels as alike, the main task's features are shared between the two. The paper
     presents this as coherence: it pulls the representation of a task towards those of the others, so that the cosine
     distance between them becomes small. No loss asks for that; `cosine_distance` below measures whether it happens.
 
     The softmax runs over all h·w positions. At 480×640 the matrix Q Kᵀ would have 19,200² entries, 1.5 GB for one task
-    and image in fp32, and again for its gradient; scaled_dot_product_attention never forms it. With `cfm_stride` s,
-    keys and values are average-pooled by s × s, which divides the cost by s² (spatial reduction as in [PVT]).
+    and image in fp32, and again for its gradient; the fused kernels of scaled_dot_product_attention never form it. With
+    `cfm_stride` s, keys and values are average-pooled by s × s, which divides the cost by s² (spatial reduction as in
+    [PVT]).
 
-    DEPARTURE: Q and K are normalised, softmax(τ · cos(Q, K)), with a learned τ per head, clamped, as in [SwinV2]. The
-    release uses raw dot products: nothing bounds those, in bf16 they saturate, and how sharp the attention is would
-    depend on C. SDPA's 1/√C alone is no cure: among thousands of positions it starts out nearly uniform, and every
-    pixel of X̂_t is the same average.
+    DEPARTURE: Q and K are normalised, with a learned temperature τ per head, clamped, as in [SwinV2]. The release uses
+    raw dot products: nothing bounds those, in bf16 they lose their digits, and how sharp the attention is depends on C.
+    SDPA's usual 1/√C alone is no cure: among thousands of positions it starts out nearly uniform, and all pixels of
+    X̂_t hold about the same average.
     """
 
     def __init__(self, auxiliaries: int, cfg: MTCPConfig):
@@ -482,8 +496,8 @@ class CoherenceFusion(nn.Module):
         C = cfg.width
         self.heads, self.stride = cfg.cfm_heads, cfg.cfm_stride
         self.gates = nn.ModuleList(nn.Conv2d(C, C, 1) for _ in range(auxiliaries))
-        # DEPARTURE: fused to C channels, the release keeps (T-1)·C. Half the cost, and q, k, v of one size, at most 256
-        # a head, is what GPU flash-attention kernels ask for.
+        # DEPARTURE: fused to C channels, the release keeps (T-1)·C. Q Kᵀ costs less, and q, k, v of one size, at most
+        # 256 a head, is what GPU flash-attention kernels ask for.
         self.fuse = nn.Sequential(nn.Conv2d(auxiliaries * C, C, 1), nn.ReLU())
         self.query = nn.Sequential(CBAM(C), nn.BatchNorm2d(C), nn.ReLU())
         self.key = nn.Sequential(CBAM(C), nn.BatchNorm2d(C), nn.ReLU())
@@ -506,13 +520,15 @@ class CoherenceFusion(nn.Module):
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B,C,h,w) → (B,heads,h·w,C/heads)"""
-        return x.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)
+        # Contiguous: with another memory layout, SDPA may fall back to the kernel that does form the matrix.
+        return x.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3).contiguous()
 
 
 def cosine_distance(X_t: Tensor, auxiliaries: list[Tensor]) -> Tensor:
     """Mean over pixels and auxiliaries of 1 - cos(X_t, X_u), channels as vectors; 0-d, in [0, 2]. A diagnostic of CFM.
 
-    X_t and each auxiliary: (B,C,h,w). 0: the tasks' features point the same way at every pixel; 1: unrelated.
+    X_t and each auxiliary (one at least): (B,C,h,w). 0: the tasks' features point the same way at every pixel; 1: they
+    are unrelated.
     """
     return torch.stack([1 - F.cosine_similarity(X_t.float(), X_u.float(), dim=1) for X_u in auxiliaries]).mean()
 
@@ -525,7 +541,7 @@ def cosine_distance(X_t: Tensor, auxiliaries: list[Tensor]) -> Tensor:
 class SpatialRefinement(nn.Module):
     """SRM_i: carry (B,c,·,·) and F_i (B,f,h_i,w_i) → prediction feature (B,C,h_i,w_i) and the next carry (B,f,h_i,w_i).
 
-    z = [resize(CBAM carry); CBAM F_i];  pred = ReLU(BN(conv1×1 z));  carry' = ReLU(BN(conv1×1 z))
+    z = [resize(CBAM carry); CBAM F_i];  pred and carry' = ReLU(BN(conv1×1 z)), each with its own weights
 
     The last one, SRM_1, has nobody to carry to: it is built without that branch and returns None for it.
     """
@@ -538,15 +554,14 @@ class SpatialRefinement(nn.Module):
 
     def forward(self, carry: Tensor, F_i: Tensor) -> tuple[Tensor, Tensor | None]:
         z = torch.cat([resize(self.cbam_carry(carry), F_i.shape[-2:]), self.cbam_stage(F_i)], dim=1)
-        return self.to_pred(z), self.to_carry(z) if self.to_carry is not None else None
+        return self.to_pred(z), (self.to_carry(z) if self.to_carry is not None else None)
 
 
 class TraceBack(nn.Module):
     """X̂_t (B,C,h,w) and F_t → features (B,C,·,·) of SRM_3, SRM_2, SRM_1, at 1/16, 1/8 and 1/4 of the image.
 
     X̂_t knows of the other tasks, but F1, F2, F3 were made before the tasks met. The trace-back returns to them in
-    reverse, deepest first, so that each scale of the decoder is read again in the light of the fused feature. Its loss
-    terms also send gradients from all tasks into each decoder.
+    reverse, deepest first, so that each scale of the decoder is read again in the light of the fused feature.
 
     DEPARTURE: three modules for three stages; the release builds four and leaves one unused.
     """
@@ -572,7 +587,7 @@ class TraceBack(nn.Module):
 OUTPUTS = {  # applied after upsampling: the average of two unit vectors is not one
     "logits": lambda y: y,
     "positive": F.softplus,  # depth in metres, > 0
-    "unit": lambda y: F.normalize(y.float(), dim=1, eps=1e-6),  # normals, length 1; float: 8 bits are 0.5° in bf16
+    "unit": lambda y: F.normalize(y, dim=1, eps=1e-6),  # normals, length 1
 }
 
 
@@ -583,9 +598,14 @@ class Head(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(conv_bn_relu(C, C), nn.Conv2d(C, task.channels, 1))
         self.output = OUTPUTS[task.output]
+        if task.output == "positive":
+            # Start at softplus(2) = 2.1 m, an everyday depth: from 0.7 m, the first hundreds of steps would go into
+            # little but this one number.
+            nn.init.constant_(self.layers[-1].bias, 2.0)
 
     def forward(self, x: Tensor, size) -> Tensor:
-        return self.output(resize(self.layers(x), size))
+        # In float32 from here on also under autocast: bf16 has steps of 6 cm at 8 m.
+        return self.output(resize(self.layers(x).float(), size))
 
 
 # ======================================================================================================================
@@ -594,7 +614,7 @@ class Head(nn.Module):
 
 
 class MTCP(nn.Module):
-    """The whole network, for any number of tasks from one up. With a single one there is nothing to fuse: X̂_t = X_t."""
+    """The whole network, for any number of tasks from one up. With one there is nothing to fuse: X̂_t = X_t."""
 
     def __init__(self, tasks: tuple[Task, ...], cfg: MTCPConfig = PRESETS["paper"]):
         super().__init__()
@@ -615,9 +635,8 @@ class MTCP(nn.Module):
         self.cfm = for_each_task(lambda t: CoherenceFusion(len(tasks) - 1, cfg)) if fuses else None
         self.trace_back = for_each_task(lambda t: TraceBack(C)) if cfg.trace_back else None
         # In the order in which the features are made: X̂_t, and, with trace-back, SRM_3, SRM_2, SRM_1.
-        n_heads = 4 if cfg.trace_back else 1
-        self.heads = for_each_task(lambda t: nn.ModuleList(Head(C, t) for _ in range(n_heads)))
-        self.apply(_init_weights)
+        n_outputs = 4 if cfg.trace_back else 1
+        self.heads = for_each_task(lambda t: nn.ModuleList(Head(C, t) for _ in range(n_outputs)))
 
     def forward(self, x: Tensor) -> dict[str, dict]:
         """ImageNet-normalised RGB x (B,3,H,W), any H and W → for every task name t a dict of
@@ -650,29 +669,22 @@ class MTCP(nn.Module):
         return P, self.query_decoder(P, coarse)
 
     def fuse(self, X: dict[str, Tensor]) -> dict[str, Tensor]:
-        """{t: X_t} → {t: X̂_t}, both (B,C,h,w). Auxiliaries come sorted by name: the order of `tasks` has no effect."""
+        """{t: X_t} → {t: X̂_t}, both (B,C,h,w). Auxiliaries come sorted by name: the order of `tasks` plays no part."""
         if self.cfm is None:
             return X
         return {t: self.cfm[t](X[t], [X[u] for u in sorted(X) if u != t]) for t in X}
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Zeros (the ImageNet mean, after normalisation) to the right and below, until H and W are multiples."""
+    """Zeros (the ImageNet mean, after normalisation) to the right and below, until H and W are multiples.
+
+    The padding is seen like any other flat region: nothing masks it in attention and pooling.
+    """
     return F.pad(x, (0, -x.shape[-1] % multiple, 0, -x.shape[-2] % multiple))
 
 
-def _init_weights(module: nn.Module) -> None:
-    """Initial values that differ from torch's and timm's own, with the reason."""
-    if isinstance(module, DeformableAttention):
-        module.reset_parameters()
-    elif isinstance(module, QueryLayer):
-        for p in module.parameters():
-            if p.dim() > 1:
-                nn.init.xavier_uniform_(p)  # [Mask2Former], as in DETR: keeps the variance through 9 post-norm layers
-
-
 # ======================================================================================================================
-# Losses: every one is a mean over valid pixels, and exactly 0 with a zero gradient where there is none
+# Losses: every one is an average over valid pixels, and exactly 0 with a zero gradient where there is none
 # ======================================================================================================================
 
 
@@ -690,7 +702,10 @@ def l1_depth(depth: Tensor, target: Tensor) -> Tensor:
 
 
 def l1_normals(normals: Tensor, target: Tensor) -> Tensor:
-    """unit normals, target (B,3,H,W), target all-zero = invalid → 0-d, mean over pixels and components."""
+    """unit normals, target (B,3,H,W), target all-zero = invalid → 0-d, mean over pixels and components.
+
+    Anything shorter than ½ counts as zero: a label that has been through interpolation has in-betweens.
+    """
     return _masked_l1(normals, target, (target.square().sum(dim=1, keepdim=True) > 0.25).expand_as(target))
 
 
@@ -699,7 +714,7 @@ def _masked_l1(y: Tensor, target: Tensor, valid: Tensor) -> Tensor:
 
 
 def balanced_bce(logits: Tensor, target: Tensor) -> Tensor:
-    """logits, target (B,1,H,W), target 0 or 1, or IGNORE_INDEX → 0-d. Class-balanced, Xie and Tu, ICCV 2015.
+    """logits, target float (B,1,H,W), target 0, 1 or IGNORE_INDEX → 0-d. Class-balanced, Xie and Tu, ICCV 2015.
 
     Positives weigh as much as negatives in total: each is weighted by the share of the other. A batch that has only one
     of the two therefore gives exactly 0.
@@ -719,7 +734,9 @@ LOSSES = {"cross_entropy": cross_entropy, "l1_depth": l1_depth, "l1_normals": l1
 def task_losses(tasks: tuple[Task, ...], outputs: dict[str, dict], batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """MTCP's outputs and a batch of labels → {task name: L_t}, 0-d each,
 
-        L_t = loss(ŷ_final) + ½ Σ loss(each intermediate) + ½ loss(ŷ_initial).
+        L_t = loss(ŷ_final) + ½ Σ loss(each ŷ_intermediate) + ½ loss(ŷ_initial).
+
+    A batch without labels for a task holds an all-invalid label, never a missing key.
 
     DEPARTURE: the release never decodes ŷ_initial, trains the intermediate normals with the depth loss and, for human
     parts, counts only the last of the two intermediate terms. Here one rule holds for all tasks.
@@ -735,15 +752,17 @@ def task_losses(tasks: tuple[Task, ...], outputs: dict[str, dict], batch: dict[s
 # ======================================================================================================================
 # Loss prioritisation scheme (LPS): {L_t} → one number, and the usual balancers beside it
 #
-# All have one shape: balancer(losses) → total to minimise; balancer.end_epoch() after every epoch; balancer.weights,
-# (T,) in the order of the tasks, for the log. What they remember is in their state_dict: a resumed run goes on exactly.
+# All have one shape: balancer(losses) → total to minimise, called on training batches only; balancer.end_epoch() after
+# every epoch; balancer.weights, (T,) in the order of the tasks, for the log. What they remember is in their state_dict:
+# a run resumed from the end of an epoch goes on exactly. In a distributed run every rank has its own copy, calls
+# end_epoch, and finds the same weights.
 # ======================================================================================================================
 
 
 class EpochMean(nn.Module):
     """Running mean of T values over an epoch, over all ranks of a distributed run.
 
-    A value of exactly 0 is a batch without a valid pixel for that task (see Losses) and is not counted.
+    A value of exactly 0 is a batch that says nothing about that task (see Losses) and is not counted.
     """
 
     def __init__(self, n: int):
@@ -767,15 +786,16 @@ class EpochMean(nn.Module):
 class LPS(nn.Module):
     """The paper's loss prioritisation scheme. Total = Σ_t w_t · ℓ_t with ℓ_t = log(1 + L_t).
 
-    *One scale.* Metres, nats and cosines differ in size; the logarithm makes the gradient relative, dℓ = dL / (1 + L),
-    so that a task with a large loss does not drown the others.
+    *One scale.* Metres and nats differ in size. The logarithm divides the gradient of a large loss by its size,
+    dℓ = dL / (1 + L), so that it does not drown the others; of a small one, L ≪ 1, it changes little.
 
     *Prioritisation.* From the epoch means ℓ_t(e), and ℓ(e) = Σ_t ℓ_t(e):
         during epoch 0      w_t = 1
         after epoch 0       w_t = ℓ(0) / ℓ_t(0)
         after epoch e ≥ 1   r_t = [ℓ_t(e) / ℓ_t(e-1)] / [ℓ(e) / ℓ(e-1)]       > 1: fell behind the others
                             w_t = r̄ + κ (r_t - r̄)                             spread by κ about the mean r̄
-    then the guards of `floor_and_rescale`.
+    then the guards of `floor_and_rescale`. (They make the weights sum to T, so the factors that all tasks share cancel:
+    the first rule is w_t ∝ 1 / ℓ_t(0), and r_t may as well be each task's own ratio.)
 
     DEPARTURE: the release computes such weights, then overwrites the weighted sum by the plain one, with the logarithm
     commented out. It has no guards either: at κ = 7.5 a task whose r_t is 13.4 % below the mean gets a negative
@@ -794,7 +814,9 @@ class LPS(nn.Module):
         self.names, self.kappa, self.w_min, self.log, self.prioritise = names, kappa, w_min, log, prioritise
         self.mean = EpochMean(len(names))
         self.register_buffer("weights", torch.ones(len(names)))
-        self.register_buffer("previous", torch.full((len(names),), math.nan))  # ℓ_t(e-1); NaN: not seen yet
+        self.register_buffer(
+            "previous", torch.full((len(names),), math.nan)
+        )  # ℓ_t when last seen, mostly e-1; NaN: never
 
     def forward(self, losses: dict[str, Tensor]) -> Tensor:
         """{name: L_t} → Σ_t w_t ℓ_t, 0-d."""
@@ -810,7 +832,7 @@ class LPS(nn.Module):
         self.previous.copy_(torch.where(ell.isnan(), self.previous, ell))
 
     def next_weights(self, ell: Tensor) -> Tensor:
-        """Epoch means ℓ_t(e) (T,) → weights (T,) for the next epoch. A task that cannot be compared keeps weight 1."""
+        """Epoch means ℓ_t(e) (T,) → weights (T,) for the next epoch. A task that cannot be compared gets weight 1."""
         first = bool(self.previous.isnan().all())
         known = ~ell.isnan() if first else ~(ell.isnan() | self.previous.isnan())
         if not known.any():
@@ -855,8 +877,9 @@ class EqualWeights(nn.Module):
 class UncertaintyWeights(nn.Module):
     """[Kendall]: total = Σ_t exp(-s_t) L_t + s_t / 2, where s_t = log σ_t² is learned with the network.
 
-    s is a parameter: give it to the optimiser, without weight decay. The paper's factor ½ for regression is absorbed by
-    σ_t. A task without a valid pixel in a batch is left out of the sum: + s_t / 2 alone would drive its σ_t to zero.
+    s is a parameter: give it to the optimiser, without weight decay, and in a distributed run average its gradient. The
+    paper's factor ½ for regression is absorbed by σ_t. A task without a valid pixel in a batch is left out of the sum:
+    + s_t / 2 alone would drive its σ_t to zero.
     """
 
     def __init__(self, names: list[str]):
@@ -903,7 +926,7 @@ class DynamicWeightAverage(nn.Module):
 
 
 # ======================================================================================================================
-# Appendix: borrowed leaves
+# Appendix: helpers taken from the works cited
 # ======================================================================================================================
 
 
@@ -962,7 +985,8 @@ def deformable_sampling(value: Tensor, sizes: list, places: Tensor, weight: Tens
     for level, v in enumerate(value.split([h * w for h, w in sizes], dim=1)):
         v = v.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, sizes[level])  # (B·heads,d,h,w)
         grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)  # (B·heads,L,points,2)
-        sampled.append(F.grid_sample(v, grid.to(v.dtype), align_corners=False))  # (B·heads,d,L,points)
+        # In float32 also under autocast: eight bits would move the places by a tenth of a pixel.
+        sampled.append(F.grid_sample(v.float(), grid.float(), align_corners=False))  # (B·heads,d,L,points)
     weight = weight.transpose(1, 2).reshape(B * heads, 1, L, -1)  # (B·heads,1,L,levels·points)
     out = (torch.cat(sampled, dim=-1) * weight).sum(dim=-1)  # (B·heads,d,L)
     return out.reshape(B, -1, L).transpose(1, 2)
@@ -989,7 +1013,7 @@ def pixel_centres(sizes: list, like: Tensor) -> Tensor:
     """Centres of all pixels of all levels, (Σ h·w,2) in 0…1 as (x, y)."""
     centres = []
     for h, w in sizes:
-        y, x = ((torch.arange(n, device=like.device, dtype=like.dtype) + 0.5) / n for n in (h, w))
+        y, x = ((torch.arange(n, device=like.device) + 0.5) / n for n in (h, w))
         centres.append(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1).flatten(0, 1))
     return torch.cat(centres)
 

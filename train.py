@@ -37,8 +37,9 @@ from mtcp import IGNORE_INDEX, MTCP, Task
 
 @dataclass(frozen=True)
 class Recipe:
-    """Defaults that go with a dataset; every one of them but `tasks` and `scales` is also a flag."""
+    """What goes with a dataset; most of it are defaults of flags."""
 
+    kind: type[data.DenseDataset]
     tasks: tuple[Task, ...]
     preset: str
     root: str | None
@@ -48,15 +49,19 @@ class Recipe:
     kappa: float  # spread of the LPS weights
     warmup: int  # steps
     scales: tuple[float, ...]  # of the random zoom
+    degrees: float  # of the random rotation, either way
     jitter: float  # colour factors are drawn from 1 ± jitter
+    size: tuple[int, int] | None = None  # to which images are resized; None: as they are
 
 
 RECIPES = {
     # From scratch in a few minutes: a large learning rate, a warm-up to survive it, small batches for more steps, and
     # no zoom, since a few epochs are too few to tire of the images. κ = 7.5 is too jumpy where epochs are that few.
-    "rooms": Recipe(mtcp.NYUD, "toy", "data/rooms", 5, 4, 3e-3, 1.6, 100, (1.0,), 0.1),
-    # The authors' released recipe, which starts from pretrained weights.
-    "nyud": Recipe(mtcp.NYUD, "paper", None, 100, 2, 5e-5, 7.5, 0, (1.0, 1.2, 1.5), 0.0),
+    "rooms": Recipe(data.NYUD, mtcp.NYUD, "toy", "data/rooms", 5, 4, 3e-3, 1.6, 100, (1.0,), 0, 0.1),
+    "figures": Recipe(data.PASCAL, mtcp.PASCAL, "toy", "data/figures", 5, 4, 3e-3, 1.6, 100, (1.0,), 0, 0.1),
+    # The authors' released recipes, which start from pretrained weights.
+    "nyud": Recipe(data.NYUD, mtcp.NYUD, "paper", None, 100, 2, 5e-5, 7.5, 0, (1.0, 1.2, 1.5), 0, 0.0),
+    "pascal": Recipe(data.PASCAL, mtcp.PASCAL, "paper", None, 100, 2, 5e-5, 1.6, 0, (0.75, 1.25), 20, 0.0, (512, 512)),
 }
 WEIGHT_DECAY = 1e-4
 CLIP_NORM = 5.0  # gradients longer than this are shortened to it
@@ -66,8 +71,13 @@ POLY_POWER = 0.9
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", choices=list(RECIPES), default="rooms")
-    p.add_argument("--root", help="folder of the dataset (rooms: rendered there if absent; default data/rooms)")
-    p.add_argument("--preset", choices=list(mtcp.PRESETS), help="sizes of the network (rooms: toy, nyud: paper)")
+    p.add_argument("--root", help="folder of the dataset; rooms and figures are rendered there if absent")
+    p.add_argument(
+        "--preset", choices=list(mtcp.PRESETS), help="sizes of the network (rooms, figures: toy; nyud, pascal: paper)"
+    )
+    p.add_argument("--model", choices=["mtcp", "baseline", "single"], default="mtcp",
+                   help="baseline: no CFM, no trace-back; single: a baseline for every task alone")  # fmt: skip
+    p.add_argument("--single", type=Path, metavar="METRICS", help="metrics.json of a single run, to compute Δm against")
     p.add_argument("--tasks", nargs="+", metavar="TASK", help="some of the dataset's tasks (default: all)")
     p.add_argument(
         "--pretrained", action="store_true", help="start the backbone from timm's ImageNet weights (download)"
@@ -78,11 +88,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--balancer", choices=["lps", "equal", "uncertainty", "dwa"], default="lps")
     p.add_argument("--no-log", dest="log", action="store_false", help="LPS without its logarithm")
     p.add_argument("--no-prioritise", dest="prioritise", action="store_false", help="LPS without its weights")
-    p.add_argument("--kappa", type=float, help="spread of the LPS weights (rooms: 1.6, nyud: 7.5)")
+    p.add_argument("--kappa", type=float, help="spread of the LPS weights (nyud: 7.5, others: 1.6)")
     p.add_argument("--epochs", type=int)
     p.add_argument("--batch-size", type=int)
     p.add_argument("--lr", type=float, help="of AdamW, at its highest")
-    p.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="resize images to this (default: as they are)")
+    p.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="resize images to this (pascal: 512 512, others: as they are)",
+    )
     p.add_argument("--holdout", type=float, default=0.05, help="share of the training split that chooses best.pt")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--workers", type=int, default=2, help="processes that load data; 0: none beside this one")
@@ -98,7 +114,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def fill_in(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Defaults from the dataset's recipe, and one clear sentence for what cannot work."""
     recipe = RECIPES[args.dataset]
-    for key in ("root", "preset", "epochs", "batch_size", "lr", "kappa"):
+    for key in ("root", "preset", "epochs", "batch_size", "lr", "kappa", "size"):
         if getattr(args, key) is None:
             setattr(args, key, getattr(recipe, key))
     names = [t.name for t in recipe.tasks]
@@ -108,7 +124,7 @@ def fill_in(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argpar
         parser.error(f"--tasks takes different ones of {' '.join(names)}, not {' '.join(args.tasks)}")
     if args.root is None:
         parser.error(
-            f"--dataset {args.dataset} needs --root, the folder of the archive;\n{data.NYUD_HELP.format(root='it')}"
+            f"--dataset {args.dataset} needs --root, the folder of the archive;\n{recipe.kind.help.format(root='it')}"
         )
     if min(args.epochs, args.batch_size, *(args.size or [1])) < 1 or args.lr <= 0 or args.workers < 0 or args.seed < 0:
         parser.error("--epochs, --batch-size, --size and --lr take positive numbers; --workers and --seed 0 or more")
@@ -116,6 +132,12 @@ def fill_in(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argpar
         parser.error("--holdout is a share of the training split, at least 0 and less than 1")
     if args.resume and args.out is None:
         parser.error("--resume needs --out, the folder of the run to go on with")
+    if args.model != "mtcp":
+        args.cfm = args.trace_back = False
+    if args.model == "single" and (args.resume or args.eval):
+        parser.error(
+            "--model single trains several networks: --resume and --eval go with one of its folders, as baseline"
+        )
     args.device = args.device or best_device()
     return args
 
@@ -131,18 +153,29 @@ def best_device() -> str:
 # ======================================================================================================================
 
 
-def make_datasets(args: argparse.Namespace) -> tuple[data.NYUD, data.NYUD | None, data.NYUD]:
-    """(training, held-out or None, test). The first augments; the others resize the image if --size asks for it."""
-    root, recipe = Path(args.root), RECIPES[args.dataset]
-    if args.dataset == "rooms":
-        data.write_rooms(root)
-    keep, held_out = data.hold_out(data.read_split(root, "train"), args.holdout)
+def make_datasets(args: argparse.Namespace) -> dict[str, data.DenseDataset | None]:
+    """train: augmented; plain: the same images as they are; held_out: None with --holdout 0; test."""
+    recipe, root = RECIPES[args.dataset], Path(args.root)
+    if args.dataset in data.RENDERERS:
+        data.render_set(args.dataset, root)
+    keep, held_out = data.hold_out(recipe.kind.list_stems(root, "train"), args.holdout)
     size = tuple(args.size) if args.size else None
-    augment = partial(data.augment, scales=recipe.scales, jitter=recipe.jitter, size=size)
-    plain = None if size is None else lambda sample, rng: data.resize_image(sample, size)
-    train = data.NYUD(root, "train", args.tasks, augment, keep, args.seed)
-    chooser = data.NYUD(root, "train", args.tasks, plain, held_out) if held_out else None
-    return train, chooser, data.NYUD(root, "val", args.tasks, plain)
+    augment = partial(data.augment, scales=recipe.scales, degrees=recipe.degrees, jitter=recipe.jitter, size=size)
+    resized = None if size is None else partial(resize_image, size=size)
+    sets = {
+        "train": recipe.kind(root, "train", args.tasks, augment, keep, args.seed),
+        "plain": recipe.kind(root, "train", args.tasks, None, keep),
+        "held_out": recipe.kind(root, "train", args.tasks, resized, held_out) if held_out else None,
+        "test": recipe.kind(root, "val", args.tasks, resized),
+    }
+    if recipe.kind is data.NYUD:
+        data.require_one_archive(sets["train"], sets["test"])
+    return sets
+
+
+def resize_image(sample: dict, rng: np.random.Generator, size: tuple[int, int]) -> dict:
+    """The evaluation transform: the labels keep their resolution."""
+    return data.resize_image(sample, size)
 
 
 def make_model(args: argparse.Namespace) -> MTCP:
@@ -228,10 +261,7 @@ class NormalsMetric:
 
     def update(self, normals: Tensor, target: Tensor) -> None:
         """unit normals, target (B,3,H,W)"""
-        valid = target.square().sum(dim=1) > 0.25
-        # atan2 of |a×b| and a·b: the arc cosine of a dot product next to 1 has lost its digits in float32.
-        cross = torch.linalg.cross(normals.float(), target, dim=1).norm(dim=1)
-        angle = torch.rad2deg(torch.atan2(cross, (normals.float() * target).sum(dim=1)))[valid]
+        angle = angle_between(normals.float(), target)[target.square().sum(dim=1) > 0.25]
         self.total += angle.double().sum().item()
         self.bins += torch.bincount((angle * 100).long().cpu(), minlength=18001)
 
@@ -244,12 +274,205 @@ class NormalsMetric:
         return {"mean": self.total / n, "median": median, **shares}
 
 
-METRICS = {"mIoU": SegmentationMetric, "rmse": DepthMetric, "mean": NormalsMetric}  # by a task's headline figure
+class SaliencyMetric:
+    """Maximum F-measure over thresholds, in %, by the two protocols in use; never compare one with the other.
+
+    maxF         ASTMT, MTI-Net, MT-CP: at each of the 15 thresholds 0.2 … 0.9, precision and recall of every image,
+                 averaged over images, F with β² = 1
+    maxF_pooled  ATRC, InvPT, TaskPrompter, MTMamba: at 0.05, 0.10, … 0.95, pixels of the whole split pooled, β² = 0.3.
+                 (Their code passes probabilities through a second sigmoid before thresholding, so that in effect only
+                 five thresholds are tried; here the probability itself is compared.)
+
+    Precision or recall without a single predicted or true pixel counts as 0.
+    """
+
+    per_image, pooled = torch.linspace(0.2, 0.9, 15), torch.arange(1, 20) / 20
+
+    def __init__(self, task: Task):
+        self.images = 0
+        self.precision, self.recall = torch.zeros(15), torch.zeros(15)
+        self.counts = torch.zeros(3, 19, dtype=torch.float64)  # hits, predicted, true
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """logits, target (B,1,H,W), target 0, 1 or 255"""
+        for y, t in zip(torch.sigmoid(logits.float()).cpu(), target.cpu(), strict=True):
+            p, truth = y[t != IGNORE_INDEX], t[t != IGNORE_INDEX] > 0.5
+            predicted = p > self.per_image[:, None]  # (15,pixels)
+            hits = (predicted & truth).sum(dim=1)
+            self.precision += hits / predicted.sum(dim=1).clamp(min=1)
+            self.recall += hits / truth.sum().clamp(min=1)
+            self.images += 1
+            predicted = p >= self.pooled[:, None]  # (19,pixels)
+            true = truth.sum().expand(19)
+            self.counts += torch.stack([(predicted & truth).sum(dim=1), predicted.sum(dim=1), true])
+
+    def compute(self) -> dict[str, float]:
+        hits, predicted, true = self.counts
+        pooled = self.f_measure(hits / predicted.clamp(min=1), hits / true.clamp(min=1), 0.3)
+        per_image = self.f_measure(self.precision / max(self.images, 1), self.recall / max(self.images, 1), 1.0)
+        return {"maxF": 100 * per_image.max().item(), "maxF_pooled": 100 * pooled.max().item()}
+
+    @staticmethod
+    def f_measure(precision: Tensor, recall: Tensor, beta2: float) -> Tensor:
+        return (1 + beta2) * precision * recall / (beta2 * precision + recall).clamp(min=1e-12)
+
+
+METRICS = {  # by a task's headline figure
+    "mIoU": SegmentationMetric,
+    "rmse": DepthMetric,
+    "mean": NormalsMetric,
+    "maxF": SaliencyMetric,
+}
 
 
 def as_label(task: Task, y: Tensor) -> Tensor:
     """A prediction (channels,H,W) in the format of the task's label, for pictures."""
-    return y.argmax(dim=0) if task.output == "logits" else y
+    if task.output != "logits":
+        return y
+    return (y > 0).float() if task.channels == 1 else y.argmax(dim=0)
+
+
+# ======================================================================================================================
+# Coherence: do the predictions of different tasks agree with each other? Each figure stands beside the one that the
+# ground truth reaches under the same rule, which is its ceiling (or floor), not 100 % (or 0).
+# ======================================================================================================================
+
+
+class GeometricCoherence:
+    """Depth, normals and segmentation of one scene, compared with each other.
+
+    normal_angle  mean angle in degrees between predicted normals and the normals of the predicted depth, where the true
+                  surface is smooth: a difference across an edge is no normal (`smooth_surface`)
+    boundary_F    F-measure in % of class boundaries and geometric edges (depth ratio above 1.15 or normals more than
+                  30° apart, within 2 pixels), both ways within 2 pixels
+
+    Limits: a constant depth with frontal normals is perfectly coherent, so read this beside the tasks' own metrics; and
+    a picture on a wall is a class boundary without a geometric edge, also in the truth.
+    """
+
+    needs = {"semseg", "depth", "normals"}
+
+    def __init__(self, intrinsics: tuple[float, float, float, float]):
+        self.intrinsics = intrinsics
+        self.angle = {who: [0.0, 0] for who in ("", "_truth")}  # sum, count
+        self.edges = {who: [0.0] * 4 for who in ("", "_truth")}
+
+    def update(self, y: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+        smooth = smooth_surface(truth["depth"], truth["normals"])
+        for who, maps in (("", {**y, "semseg": y["semseg"].argmax(dim=1)}), ("_truth", truth)):
+            n = normals_from_depth(maps["depth"], self.intrinsics)
+            angle = angle_between(n, maps["normals"])[smooth]
+            self.angle[who][0] += angle.double().sum().item()
+            self.angle[who][1] += angle.numel()
+            boundary, edge = class_boundaries(maps["semseg"]), geometric_edges(maps["depth"], maps["normals"])
+            near = dilate(boundary, 2)
+            counts = ((boundary & edge).sum(), boundary.sum(), (edge & near).sum(), edge.sum())
+            self.edges[who] = [a + b.item() for a, b in zip(self.edges[who], counts, strict=True)]
+
+    def compute(self) -> dict[str, float]:
+        out = {f"normal_angle{who}": total / max(n, 1) for who, (total, n) in self.angle.items()}
+        for who, (hit, boundary, found, edge) in self.edges.items():
+            precision, recall = hit / max(boundary, 1), found / max(edge, 1)
+            out[f"boundary_F{who}"] = 200 * precision * recall / max(precision + recall, 1e-12)
+        return out
+
+
+def normals_from_depth(depth: Tensor, intrinsics: tuple[float, float, float, float]) -> Tensor:
+    """depth (B,1,H,W) in metres, (fx, fy, cx, cy) in pixels → unit normals (B,3,H,W), turned towards the camera.
+
+    Each pixel is lifted to X = (x (u - cx)/fx, 1, -(v - cy)/fy) · depth (right, forward, up); the normal is the cross
+    product of the differences of X between left and right and between above and below.
+    """
+    fx, fy, cx, cy = intrinsics
+    H, W = depth.shape[-2:]
+    u = (torch.arange(W, device=depth.device) - cx) / fx
+    v = -(torch.arange(H, device=depth.device) - cy) / fy
+    ray = torch.stack([u.expand(H, W), torch.ones(H, W, device=depth.device), v[:, None].expand(H, W)])
+    X = F.pad(ray * depth, (1, 1, 1, 1), mode="replicate")  # (B,3,H+2,W+2)
+    n = torch.linalg.cross(X[..., 1:-1, 2:] - X[..., 1:-1, :-2], X[..., 2:, 1:-1] - X[..., :-2, 1:-1], dim=1)
+    n = F.normalize(n, dim=1)
+    return -n * torch.sign((n * ray).sum(dim=1, keepdim=True))
+
+
+def angle_between(a: Tensor, b: Tensor) -> Tensor:
+    """Unit vectors (B,3,H,W) twice → degrees (B,H,W)."""
+    # atan2 of |a×b| and a·b: the arc cosine of a dot product next to 1 has lost its digits in float32.
+    cross = torch.linalg.cross(a, b, dim=1).norm(dim=1)
+    return torch.rad2deg(torch.atan2(cross, (a * b).sum(dim=1)))
+
+
+def smooth_surface(depth: Tensor, normals: Tensor) -> Tensor:
+    """(B,1,H,W), (B,3,H,W) → bool (B,H,W): in 3x3 pixels all are valid, depth changes by less than 5 % and no normal is
+    more than about 10° from the next; False along the border."""
+    largest, smallest = F.max_pool2d(depth, 3, 1), -F.max_pool2d(-depth, 3, 1)
+    flat = (smallest > 0) & (largest < 1.05 * smallest)
+    # Nine unit vectors within an angle of 10° have a mean that is hardly shorter than 1; an invalid one is zero.
+    straight = F.avg_pool2d(normals, 3, 1).norm(dim=1, keepdim=True) > math.cos(math.radians(5))
+    return F.pad(flat & straight, (1, 1, 1, 1))[:, 0]
+
+
+def class_boundaries(label: Tensor) -> Tensor:
+    """(B,H,W) → bool (B,H,W): the pixel right or below is of another class, and neither is ignored."""
+    boundary = torch.zeros_like(label, dtype=torch.bool)
+    known = label != IGNORE_INDEX
+    boundary[:, :, :-1] |= (label[:, :, :-1] != label[:, :, 1:]) & known[:, :, :-1] & known[:, :, 1:]
+    boundary[:, :-1] |= (label[:, :-1] != label[:, 1:]) & known[:, :-1] & known[:, 1:]
+    return boundary
+
+
+def geometric_edges(depth: Tensor, normals: Tensor) -> Tensor:
+    """(B,1,H,W), (B,3,H,W) → bool (B,H,W): within 2 pixels, depth jumps by 15 % or the surface bends by 30°."""
+    valid = depth > 0
+    far = F.max_pool2d(depth, 5, 1, 2)
+    near = -F.max_pool2d(torch.where(valid, -depth, -math.inf), 5, 1, 2)
+    jump = (far > 1.15 * near)[:, 0]
+    # The angle to the mean normal of the window is half of the angle between its two sides.
+    mean = F.avg_pool2d(normals, 5, 1, 2)
+    bend = F.cosine_similarity(normals, mean, dim=1) < math.cos(math.radians(15))
+    return (jump | dilate(bend, 1)) & valid[:, 0]
+
+
+def dilate(mask: Tensor, radius: int) -> Tensor:
+    return F.max_pool2d(mask[:, None].float(), 2 * radius + 1, 1, radius)[:, 0] > 0
+
+
+class SemanticCoherence:
+    """Human parts and salient pixels belong somewhere.
+
+    parts_on_person    % of predicted part pixels that lie on predicted people
+    salient_on_object  % of predicted salient pixels that lie on predicted objects (any class but background)
+
+    Limits: predicting "person" everywhere is perfectly coherent; read this beside the tasks' own metrics. In the truth,
+    unannotated regions are left out.
+    """
+
+    needs = {"semseg", "human_parts", "sal"}
+
+    def __init__(self):
+        self.counts = {f"{k}{who}": [0, 0] for k in ("parts_on_person", "salient_on_object") for who in ("", "_truth")}
+
+    def update(self, y: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+        predicted = {"semseg": y["semseg"].argmax(1), "human_parts": y["human_parts"].argmax(1), "sal": y["sal"] > 0}
+        for who, maps in (("", predicted), ("_truth", {**truth, "sal": truth["sal"] == 1})):
+            known = maps["semseg"] != IGNORE_INDEX
+            part = (maps["human_parts"] > 0) & (maps["human_parts"] != IGNORE_INDEX) & known
+            salient = maps["sal"][:, 0] & known
+            self.add(f"parts_on_person{who}", part, maps["semseg"] == data.PERSON)
+            self.add(f"salient_on_object{who}", salient, maps["semseg"] > 0)
+
+    def add(self, key: str, pixels: Tensor, where: Tensor) -> None:
+        self.counts[key][0] += (pixels & where).sum().item()
+        self.counts[key][1] += pixels.sum().item()
+
+    def compute(self) -> dict[str, float]:
+        return {key: 100 * hit / n if n else math.nan for key, (hit, n) in self.counts.items()}
+
+
+def make_coherence(names: list[str], dataset) -> GeometricCoherence | SemanticCoherence | None:
+    """What can be measured with these tasks, or None."""
+    if GeometricCoherence.needs <= set(names):
+        return GeometricCoherence(dataset.intrinsics())
+    return SemanticCoherence() if SemanticCoherence.needs <= set(names) else None
 
 
 # ======================================================================================================================
@@ -262,18 +485,23 @@ def evaluate(model: nn.Module, tasks: tuple[Task, ...], loader, device: str, amp
     """{task name: {metric: value}} over the whole loader, at the labels' resolution.
 
     For a model with CFM also cosine_before and cosine_after: the mean cosine distance of X_t, and of X̂_t, to the
-    auxiliaries (see mtcp.cosine_distance).
+    auxiliaries (see mtcp.cosine_distance). With all three tasks also "coherence" (see Coherence).
     """
     model.eval()
     metrics = {t.name: METRICS[t.metric](t) for t in tasks}
+    coherence = make_coherence(list(metrics), loader.dataset)
     with CosineProbe(model) as cosine:
         for batch in tqdm(loader, desc="evaluating", leave=False):
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
                 outputs = model(batch["image"].to(device))
+            truth = {t.name: batch[t.name].to(device) for t in tasks}
+            y = {t.name: at_label_size(t, outputs[t.name]["final"].float(), truth[t.name]) for t in tasks}
             for t in tasks:
-                y, target = outputs[t.name]["final"].float(), batch[t.name].to(device)
-                metrics[t.name].update(at_label_size(t, y, target), target)
-    return {t.name: {**metrics[t.name].compute(), **cosine.means(t.name)} for t in tasks}
+                metrics[t.name].update(y[t.name], truth[t.name])
+            if coherence is not None:
+                coherence.update(y, truth)
+    results = {t.name: {**metrics[t.name].compute(), **cosine.means(t.name)} for t in tasks}
+    return results if coherence is None else {**results, "coherence": coherence.compute()}
 
 
 def at_label_size(task: Task, y: Tensor, target: Tensor) -> Tensor:
@@ -312,7 +540,8 @@ class CosineProbe:
 
 
 class ConstantPredictor(nn.Module):
-    """The trivial predictor: the majority class, the mean depth, the mean normal of the training split, everywhere.
+    """The trivial predictor: the majority class, the mean depth, the mean normal of the training split, and "salient",
+    everywhere.
 
     What a network must beat before it can be said to have looked at the image.
     """
@@ -324,7 +553,9 @@ class ConstantPredictor(nn.Module):
         for batch in tqdm(loader, desc="trivial predictor", leave=False):
             for t in tasks:
                 target = batch[t.name]
-                if t.output == "logits":
+                if t.output == "logits" and t.channels == 1:
+                    totals[t.name] += 1.0
+                elif t.output == "logits":
                     totals[t.name] += torch.bincount(target[target != IGNORE_INDEX], minlength=t.channels)
                 else:
                     totals[t.name] += target.sum(dim=(0, 2, 3))  # invalid pixels are all-zero
@@ -343,6 +574,26 @@ def score(tasks: tuple[Task, ...], results: dict, trivial: dict) -> float:
     """Mean over tasks of the relative gain over the trivial predictor, in %: one number to choose the best epoch by."""
     gains = [t.better * (results[t.name][t.metric] / trivial[t.name][t.metric] - 1) for t in tasks]
     return 100 * float(np.mean(gains))
+
+
+def delta_m(tasks: tuple[Task, ...], results: dict, single: dict) -> float:
+    """Δm in % [Maninis et al., CVPR 2019]: mean over tasks of the relative change of the headline figure against the
+    single-task networks', signed so that positive is better. The same formula as `score`, with another reference."""
+    return score(tasks, results, single)
+
+
+def single_results(args: argparse.Namespace, tasks: tuple[Task, ...]) -> tuple[Path, dict] | None:
+    """Test figures of --single, or of the run that `--model single` leaves by default; None if there are none."""
+    path = args.single or Path(f"runs/{args.dataset}-{args.preset}-single/metrics.json")
+    if not path.is_file():
+        if args.single:
+            raise data.DataError(f"--single {path} not found: make it by --model single")
+        return None
+    try:
+        test = json.loads(path.read_text())["test"]
+        return path, {t.name: {t.metric: float(test[t.name][t.metric])} for t in tasks}
+    except (ValueError, KeyError, TypeError) as error:
+        raise data.DataError(f"{path} does not hold single-task results for {[t.name for t in tasks]}") from error
 
 
 @torch.no_grad()
@@ -435,7 +686,21 @@ def final_table(tasks: tuple[Task, ...], results: dict, trivial: dict) -> str:
             arrow = {1: "↑", -1: "↓"}[t.better] if metric == t.metric else " "
             constant = f"{trivial[t.name][metric]:9.3f}" if metric in trivial[t.name] else f"{'':9s}"
             lines.append(f"{t.name + ' ' + metric:26s} {arrow} {value:9.3f} {constant}")
+    coherence = results.get("coherence", {})
+    if coherence:
+        lines.append(f"{'coherence':28s} {'model':>9s} {'truth':>9s}")
+        pairs = [(k, v, coherence[f"{k}_truth"]) for k, v in coherence.items() if not k.endswith("_truth")]
+        lines += [f"{name:28s} {value:9.3f} {truth:9.3f}" for name, value, truth in pairs]
     return "\n".join(lines)
+
+
+def print_report(args: argparse.Namespace, tasks: tuple[Task, ...], report: dict) -> None:
+    """The final table and, where single-task results exist, Δm, which is also added to the report."""
+    print(final_table(tasks, report["test"], report["trivial"]))
+    reference = single_results(args, tasks) if args.model != "single" else None
+    if reference is not None:
+        report["delta_m"] = delta_m(tasks, report["test"], reference[1])
+        print(f"Δm {report['delta_m']:+.2f} % against {reference[0]}")
 
 
 # ======================================================================================================================
@@ -447,7 +712,8 @@ def main(args: argparse.Namespace) -> dict:
     """Trains as `args` say and returns what metrics.json holds."""
     started = time.time()
     torch.manual_seed(args.seed)  # the initial weights
-    train_set, chooser_set, test_set = make_datasets(args)
+    sets = make_datasets(args)
+    train_set, held_out, test_set = sets["train"], sets["held_out"], sets["test"]
     out = new_run_folder(args)
     device = args.device
     model = make_model(args).to(device, memory_format=torch.channels_last)  # faster, on CPU and GPU alike
@@ -480,9 +746,9 @@ def main(args: argparse.Namespace) -> dict:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{out}: {args.preset} preset, {parameters / 1e6:.1f} M parameters, {len(train_set)} images, on {device}")
 
-    constant = ConstantPredictor(tasks, loader_for(train_set, args, shuffle=False))
-    if chooser_set is not None:
-        trivial = evaluate(constant, tasks, loader_for(chooser_set, args, shuffle=False), device)
+    constant = ConstantPredictor(tasks, loader_for(sets["plain"], args, shuffle=False))
+    if held_out is not None:
+        trivial = evaluate(constant, tasks, loader_for(held_out, args, shuffle=False), device)
     print(header(tasks))
     for epoch in range(start, args.epochs):
         # Every epoch starts from its own seed, so that a resumed run draws what the uninterrupted one would have drawn.
@@ -512,8 +778,8 @@ def main(args: argparse.Namespace) -> dict:
         balancer.end_epoch()
 
         results = None
-        if chooser_set is not None:
-            results = evaluate(model, tasks, loader_for(chooser_set, args, shuffle=False), device, args.amp)
+        if held_out is not None:
+            results = evaluate(model, tasks, loader_for(held_out, args, shuffle=False), device, args.amp)
         print(table_row(epoch, time.time() - epoch_started, tasks, sums, weights, results))
         # Without a held-out set there is nothing honest to choose by: the best is the last.
         reached = score(tasks, results, trivial) if results else epoch
@@ -543,15 +809,17 @@ def main(args: argparse.Namespace) -> dict:
         "parameters": parameters,
         "seconds": round(time.time() - started),
     }
+    print_report(args, tasks, report)
     data.save(out / "metrics.json", lambda f: f.write(json.dumps(report, indent=2).encode()))
     save_predictions(model, tasks, test_set, device, out / "predictions.png")
-    print(final_table(tasks, report["test"], report["trivial"]))
     print(f"best epoch {report['best_epoch'] + 1}, {report['seconds']} s; pictures: {out / 'predictions.png'}")
     return report
 
 
 def loader_for(dataset, args: argparse.Namespace, shuffle: bool, epoch: int = 0):
-    return data.make_loader(dataset, args.batch_size, shuffle, args.seed + epoch, args.workers)
+    # PASCAL's pictures differ in size: unless they are resized for training, they cannot share a batch.
+    batch_size = 1 if args.dataset == "pascal" and not shuffle else args.batch_size
+    return data.make_loader(dataset, batch_size, shuffle, args.seed + epoch, args.workers)
 
 
 def evaluate_checkpoint(args: argparse.Namespace) -> dict:
@@ -559,27 +827,42 @@ def evaluate_checkpoint(args: argparse.Namespace) -> dict:
     checkpoint = load_checkpoint(args.eval)
     model = model_from(checkpoint, args.eval).to(args.device)
     args.tasks = model.names
-    train_set, _, test_set = make_datasets(args)
-    constant = ConstantPredictor(model.tasks, loader_for(train_set, args, shuffle=False))
-    loader = loader_for(test_set, args, shuffle=False)
+    sets = make_datasets(args)
+    constant = ConstantPredictor(model.tasks, loader_for(sets["plain"], args, shuffle=False))
+    loader = loader_for(sets["test"], args, shuffle=False)
     report = {
         "test": evaluate(model, model.tasks, loader, args.device, args.amp),
         "trivial": evaluate(constant, model.tasks, loader, args.device),
         "best_epoch": checkpoint["epoch"],
     }
-    print(final_table(model.tasks, report["test"], report["trivial"]))
+    print_report(args, model.tasks, report)
     if args.out is not None:
         out = new_run_folder(args)
         data.save(out / "metrics.json", lambda f: f.write(json.dumps(report, indent=2).encode()))
-        save_predictions(model, model.tasks, test_set, args.device, out / "predictions.png")
+        save_predictions(model, model.tasks, sets["test"], args.device, out / "predictions.png")
     return report
+
+
+def train_single(args: argparse.Namespace) -> dict:
+    """--model single: a baseline network for every task, each in a folder of its own; their figures together in one."""
+    args.out = args.out or Path(f"runs/{args.dataset}-{args.preset}-single")
+    out = new_run_folder(args)
+    reports = {}
+    for t in args.tasks:
+        reports[t] = main(argparse.Namespace(**{**vars(args), "tasks": [t], "out": out / t}))
+    merged = {who: {t: r[who][t] for t, r in reports.items()} for who in ("test", "trivial")}
+    merged |= {key: sum(r[key] for r in reports.values()) for key in ("parameters", "seconds")}
+    data.save(out / "metrics.json", lambda f: f.write(json.dumps(merged, indent=2).encode()))
+    print(f"single-task results of {', '.join(args.tasks)}: {out / 'metrics.json'}")
+    return merged
 
 
 def cli(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 with one sentence on stderr."""
     args = parse_args(argv)
     try:
-        evaluate_checkpoint(args) if args.eval else main(args)
+        run = evaluate_checkpoint if args.eval else train_single if args.model == "single" else main
+        run(args)
     except (data.DataError, FloatingPointError) as error:
         print(error, file=sys.stderr)
         return 2
