@@ -57,8 +57,8 @@ class Recipe:
 RECIPES = {
     # From scratch in a few minutes: a large learning rate, a warm-up to survive it, small batches for more steps, and
     # no zoom, since a few epochs are too few to tire of the images. κ = 7.5 is too jumpy where epochs are that few.
-    "rooms": Recipe(data.NYUD, mtcp.NYUD, "toy", "data/rooms", 5, 4, 3e-3, 1.6, 100, (1.0,), 0, 0.1),
-    "figures": Recipe(data.PASCAL, mtcp.PASCAL, "toy", "data/figures", 5, 4, 3e-3, 1.6, 100, (1.0,), 0, 0.1),
+    "rooms": Recipe(data.NYUD, mtcp.NYUD, "toy", "data/rooms", 5, 4, 2e-3, 1.6, 100, (1.0,), 0, 0.1),
+    "figures": Recipe(data.PASCAL, mtcp.PASCAL, "toy", "data/figures", 5, 4, 2e-3, 1.6, 100, (1.0,), 0, 0.1),
     # The authors' released recipes, which start from pretrained weights.
     "nyud": Recipe(data.NYUD, mtcp.NYUD, "paper", None, 100, 2, 5e-5, 7.5, 0, (1.0, 1.2, 1.5), 0, 0.0),
     "pascal": Recipe(data.PASCAL, mtcp.PASCAL, "paper", None, 100, 2, 5e-5, 1.6, 0, (0.75, 1.25), 20, 0.0, (512, 512)),
