@@ -1145,6 +1145,8 @@ def test_a_run_writes_its_folder_and_repeats_and_resumes_exactly(rooms, tmp_path
         patch.setattr(mtcp.LPS, "end_epoch", lambda self: stop() if calls else (calls.append(1), original(self)))
         with pytest.raises(KeyboardInterrupt):
             run(rooms, tmp_path / "b", "--epochs", "2", "--holdout", "0.2")
+    with pytest.raises(data.DataError, match="begun with --kappa 1.6"):
+        run(rooms, tmp_path / "b", "--epochs", "2", "--holdout", "0.2", "--resume", "--kappa", "3")
     resumed = run(rooms, tmp_path / "b", "--epochs", "2", "--holdout", "0.2", "--resume")
     assert resumed["test"] == whole["test"]
     with pytest.raises(data.DataError, match="not empty"):

@@ -70,7 +70,7 @@ POLY_POWER = 0.9
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", choices=list(RECIPES), default="rooms")
+    p.add_argument("--dataset", choices=list(RECIPES), help="default: rooms")
     p.add_argument("--root", help="folder of the dataset; rooms and figures are rendered there if absent")
     p.add_argument(
         "--preset", choices=list(mtcp.PRESETS), help="sizes of the network (rooms, figures: toy; nyud, pascal: paper)"
@@ -112,7 +112,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def fill_in(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Defaults from the dataset's recipe, and one clear sentence for what cannot work."""
+    """Defaults from the checkpoint to evaluate or the dataset's recipe, and one clear sentence for what cannot work."""
+    if args.eval is not None:
+        saved = load_checkpoint(args.eval)["args"]
+        for key in ("dataset", "root", "size", "preset", "tasks"):
+            if getattr(args, key) is None:
+                setattr(args, key, saved[key])
+    args.dataset = args.dataset or "rooms"
     recipe = RECIPES[args.dataset]
     for key in ("root", "preset", "epochs", "batch_size", "lr", "kappa", "size"):
         if getattr(args, key) is None:
@@ -659,6 +665,15 @@ def model_from(checkpoint: dict, path: Path) -> MTCP:
     return model
 
 
+def require_same_run(saved: dict, args: argparse.Namespace) -> None:
+    """DataError if --resume would go on with another experiment than the one that was begun."""
+    free = ("out", "resume", "workers", "device", "root", "single")  # may change without changing what is computed
+    given = plain_args(args)
+    changed = [f"--{k.replace('_', '-')} {v}" for k, v in saved.items() if k not in free and given.get(k) != v]
+    if changed:
+        raise data.DataError(f"{args.out} was begun with {', '.join(changed)}: resume it with the same flags")
+
+
 def plain_args(args: argparse.Namespace) -> dict:
     """The arguments as JSON has them."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
@@ -733,6 +748,7 @@ def main(args: argparse.Namespace) -> dict:
     start, best = 0, -math.inf
     if args.resume:
         saved = load_checkpoint(out / "last.pt")
+        require_same_run(saved["args"], args)
         for name, part in (
             ("model", model),
             ("balancer", balancer),
@@ -859,8 +875,8 @@ def train_single(args: argparse.Namespace) -> dict:
 
 def cli(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 with one sentence on stderr."""
-    args = parse_args(argv)
     try:
+        args = parse_args(argv)
         run = evaluate_checkpoint if args.eval else train_single if args.model == "single" else main
         run(args)
     except (data.DataError, FloatingPointError) as error:
