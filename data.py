@@ -1716,7 +1716,11 @@ def render_set(name: str, out: Path, train: int = 800, val: int = 200, size: tup
     """
     renderer = RENDERERS[name]
     wanted = {"scenes": name, "version": renderer.version, "seed": seed, "size": list(size), "train": train, "val": val}
-    if set_is_complete(out, wanted):
+    found = read_marker(out)
+    complete = found is not None and found.pop("complete")
+    if found is not None and found != wanted:
+        raise DataError(f"{out} holds {found}, wanted {wanted}: delete the folder or choose another one")
+    if complete:
         return
     for folder in renderer.folders:
         (out / folder).mkdir(parents=True, exist_ok=True)
@@ -1736,18 +1740,28 @@ def write_scene(name: str, out: Path, seed: int, size: tuple, index: int, stem: 
         renderer.write(out, stem, renderer.render(seed, index, *size))
 
 
-def set_is_complete(out: Path, wanted: dict) -> bool:
-    """Does `out` hold exactly this set, whole? False: it is empty or was begun. DataError: it holds something else."""
+def ensure_set(name: str, out: Path) -> None:
+    """A whole set of scenes in `out`: what is there, if it is whole; finished, if it was begun; else the default set."""
+    found = read_marker(out)
+    if found is None:
+        render_set(name, out)
+        return
+    try:
+        train, val, seed, size = int(found["train"]), int(found["val"]), int(found["seed"]), tuple(found["size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{out}/rendered.json is damaged ({error}): delete {out}, it will be rendered anew") from error
+    render_set(name, out, train, val, size, seed)
+
+
+def read_marker(out: Path) -> dict | None:
+    """What rendered.json says of a set, None if `out` is empty. DataError: `out` holds something else."""
     if not out.exists() or not any(out.iterdir()):
-        return False
+        return None
     try:
         found = json.loads((out / "rendered.json").read_text())
-        complete = found.pop("complete")
-    except (OSError, ValueError, AttributeError, KeyError):
+        return {**found, "complete": bool(found["complete"])}
+    except (OSError, ValueError, TypeError, KeyError):
         raise DataError(f"{out} is not empty and has no valid rendered.json: render into another folder") from None
-    if found != wanted:
-        raise DataError(f"{out} holds {found}, wanted {wanted}: delete the folder or choose another one")
-    return complete
 
 
 def save(path: Path, write) -> None:

@@ -32,7 +32,6 @@ from mtcp import IGNORE_INDEX, LPS, MTCP, NYUD, PRESETS
 
 HERE = Path(__file__).parent
 TOY = PRESETS["toy"]
-render_set = data.render_set  # the runs below replace it in `data`
 
 
 def close(a, b, tolerance=1e-5):
@@ -904,7 +903,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 def test_rooms_cut_short_are_finished_and_nothing_is_overwritten(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
-    make = partial(render_set, "rooms", train=3, val=2, size=(24, 32), seed=7)
+    make = partial(data.render_set, "rooms", train=3, val=2, size=(24, 32), seed=7)
     make(a)
     make(b)
     assert files(a) == files(b) and len(files(a)) == 5 * 4 + 3
@@ -915,8 +914,13 @@ def test_rooms_cut_short_are_finished_and_nothing_is_overwritten(tmp_path):
     (a / "depth/rooms_00004.npy").write_bytes(b"torn")
     make(a)
     assert files(a) == files(b)
+    (a / "depth/rooms_00003.npy").rename(tmp_path / "kept.npy")
+    data.ensure_set("rooms", a)  # any whole set will do; it is not even looked into
+    (tmp_path / "kept.npy").rename(a / "depth/rooms_00003.npy")
     with pytest.raises(data.DataError, match="wanted"):
         make(a, seed=8)
+    with pytest.raises(data.DataError, match="wanted"):
+        data.ensure_set("figures", a)
     assert files(a) == files(b)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("precious")
@@ -927,7 +931,7 @@ def test_rooms_cut_short_are_finished_and_nothing_is_overwritten(tmp_path):
 @pytest.fixture(scope="module")
 def rooms(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data") / "rooms"
-    render_set("rooms", root, train=12, val=4, size=(64, 96))
+    data.render_set("rooms", root, train=12, val=4, size=(64, 96))
     return root
 
 
@@ -1121,12 +1125,6 @@ def run(rooms: Path, out: Path, *flags: str) -> dict:
     return train.main(train.parse_args([*base, *flags]))
 
 
-@pytest.fixture(autouse=True)
-def rooms_are_there(monkeypatch):
-    """The default set takes a minute to render; the runs below bring a small one."""
-    monkeypatch.setattr(data, "render_set", lambda name, root: None)
-
-
 def test_a_run_writes_its_folder_and_repeats_and_resumes_exactly(rooms, tmp_path, monkeypatch):
     whole = run(rooms, tmp_path / "a", "--epochs", "2", "--holdout", "0.2")
     assert {p.name for p in (tmp_path / "a").iterdir()} == {
@@ -1188,7 +1186,7 @@ def test_single_task_networks_and_delta_m(rooms, tmp_path, capsys):
 
 def test_a_run_on_figures(tmp_path):
     root = tmp_path / "figures"
-    render_set("figures", root, train=12, val=4, size=(64, 96))
+    data.render_set("figures", root, train=12, val=4, size=(64, 96))
     assert data.check(data.PASCAL, root, tmp_path / "sheet.png") == 0
     report = run(root, tmp_path / "run", "--dataset", "figures", "--epochs", "1")
     assert set(report["test"]["sal"]) >= {"maxF", "maxF_pooled"} and set(report["test"]) == {

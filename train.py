@@ -163,7 +163,7 @@ def make_datasets(args: argparse.Namespace) -> dict[str, data.DenseDataset | Non
     """train: augmented; plain: the same images as they are; held_out: None with --holdout 0; test."""
     recipe, root = RECIPES[args.dataset], Path(args.root)
     if args.dataset in data.RENDERERS:
-        data.render_set(args.dataset, root)
+        data.ensure_set(args.dataset, root)
     keep, held_out = data.hold_out(recipe.kind.list_stems(root, "train"), args.holdout)
     size = tuple(args.size) if args.size else None
     augment = partial(data.augment, scales=recipe.scales, degrees=recipe.degrees, jitter=recipe.jitter, size=size)
