@@ -1741,7 +1741,7 @@ def write_scene(name: str, out: Path, seed: int, size: tuple, index: int, stem: 
 
 
 def ensure_set(name: str, out: Path) -> None:
-    """A whole set of scenes in `out`: what is there, if it is whole; finished, if it was begun; else the default set."""
+    """A whole set of scenes in `out`: the one there, finished if it was only begun, or else the default set."""
     found = read_marker(out)
     if found is None:
         render_set(name, out)
