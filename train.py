@@ -201,6 +201,18 @@ def make_balancer(args: argparse.Namespace, names: list[str]) -> nn.Module:
     return others[args.balancer](names)
 
 
+def make_optimizer(args: argparse.Namespace, model: nn.Module, balancer: nn.Module, steps: int):
+    """AdamW and its schedule of `steps` steps."""
+    groups = [
+        {"params": model.parameters(), "weight_decay": WEIGHT_DECAY},
+        {"params": balancer.parameters(), "weight_decay": 0.0},  # Kendall's σ: decay would pull them to 1
+    ]
+    fused = torch.device(args.device).type in ("cpu", "cuda")  # one kernel for all tensors
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=fused)
+    factor = partial(lr_factor, total=steps, warmup=RECIPES[args.dataset].warmup)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
 def lr_factor(step: int, total: int, warmup: int) -> float:
     """Linear warm-up, then polynomial decay to zero, as a factor of --lr."""
     return min(1.0, (step + 1) / (warmup + 1)) * (1 - step / total) ** POLY_POWER
@@ -578,7 +590,7 @@ class ConstantPredictor(nn.Module):
 
 def score(tasks: tuple[Task, ...], results: dict, trivial: dict) -> float:
     """Mean over tasks of the relative gain over the trivial predictor, in %: one number to choose the best epoch by."""
-    gains = [t.better * (results[t.name][t.metric] / trivial[t.name][t.metric] - 1) for t in tasks]
+    gains = [t.better * (results[t.name][t.metric] / max(trivial[t.name][t.metric], 1e-9) - 1) for t in tasks]
     return 100 * float(np.mean(gains))
 
 
@@ -709,15 +721,6 @@ def final_table(tasks: tuple[Task, ...], results: dict, trivial: dict) -> str:
     return "\n".join(lines)
 
 
-def print_report(args: argparse.Namespace, tasks: tuple[Task, ...], report: dict) -> None:
-    """The final table and, where single-task results exist, Δm, which is also added to the report."""
-    print(final_table(tasks, report["test"], report["trivial"]))
-    reference = single_results(args, tasks) if args.model != "single" else None
-    if reference is not None:
-        report["delta_m"] = delta_m(tasks, report["test"], reference[1])
-        print(f"Δm {report['delta_m']:+.2f} % against {reference[0]}")
-
-
 # ======================================================================================================================
 # Main
 # ======================================================================================================================
@@ -734,27 +737,14 @@ def main(args: argparse.Namespace) -> dict:
     model = make_model(args).to(device, memory_format=torch.channels_last)  # faster, on CPU and GPU alike
     tasks = model.tasks
     balancer = make_balancer(args, model.names).to(device)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": model.parameters(), "weight_decay": WEIGHT_DECAY},
-            {"params": balancer.parameters(), "weight_decay": 0.0},  # Kendall's σ: decay would pull them to 1
-        ],
-        lr=args.lr,
-        fused=True,
-    )
     steps = args.epochs * len(loader_for(train_set, args, shuffle=True))
-    factor = partial(lr_factor, total=steps, warmup=RECIPES[args.dataset].warmup)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    optimizer, scheduler = make_optimizer(args, model, balancer, steps)
+    state = {"model": model, "balancer": balancer, "optimizer": optimizer, "scheduler": scheduler}
     start, best = 0, -math.inf
     if args.resume:
         saved = load_checkpoint(out / "last.pt")
         require_same_run(saved["args"], args)
-        for name, part in (
-            ("model", model),
-            ("balancer", balancer),
-            ("optimizer", optimizer),
-            ("scheduler", scheduler),
-        ):
+        for name, part in state.items():
             part.load_state_dict(saved[name])
         start, best = saved["epoch"] + 1, saved["best"]
     else:
@@ -799,12 +789,11 @@ def main(args: argparse.Namespace) -> dict:
         print(table_row(epoch, time.time() - epoch_started, tasks, sums, weights, results))
         # Without a held-out set there is nothing honest to choose by: the best is the last.
         reached = score(tasks, results, trivial) if results else epoch
-        common = {"args": plain_args(args), "model": model.state_dict(), "epoch": epoch}
-        if reached > best:
+        if not reached <= best:  # also where it is NaN, so that there is always a best.pt
             best = reached
-            save_checkpoint(out / "best.pt", **common)
-        state = {"balancer": balancer, "optimizer": optimizer, "scheduler": scheduler}
-        save_checkpoint(out / "last.pt", **common, best=best, **{k: v.state_dict() for k, v in state.items()})
+            save_checkpoint(out / "best.pt", args=plain_args(args), model=model.state_dict(), epoch=epoch)
+        whole = {name: part.state_dict() for name, part in state.items()}
+        save_checkpoint(out / "last.pt", args=plain_args(args), epoch=epoch, best=best, **whole)
         entry = {
             "epoch": epoch,
             "loss": sums,
@@ -815,20 +804,29 @@ def main(args: argparse.Namespace) -> dict:
             log.write(json.dumps({**entry, "score": reached, "lr": scheduler.get_last_lr()[0]}) + "\n")
 
     # The test split is looked at once, by the epoch that the held-out images chose.
-    best_checkpoint = load_checkpoint(out / "best.pt")
-    model.load_state_dict(best_checkpoint["model"])
-    test_loader = loader_for(test_set, args, shuffle=False)
+    chosen = load_checkpoint(out / "best.pt")
+    model.load_state_dict(chosen["model"])
+    about = {"best_epoch": chosen["epoch"], "parameters": parameters, "seconds": round(time.time() - started)}
+    return test(args, model, constant, test_set, about, out)
+
+
+def test(args: argparse.Namespace, model: MTCP, constant: nn.Module, test_set, about: dict, out: Path | None) -> dict:
+    """Evaluates network and trivial predictor on the test split, prints both and, given `out`, writes them there."""
+    loader = loader_for(test_set, args, shuffle=False)
     report = {
-        "test": evaluate(model, tasks, test_loader, device, args.amp),
-        "trivial": evaluate(constant, tasks, test_loader, device),
-        "best_epoch": best_checkpoint["epoch"],
-        "parameters": parameters,
-        "seconds": round(time.time() - started),
+        "test": evaluate(model, model.tasks, loader, args.device, args.amp),
+        "trivial": evaluate(constant, model.tasks, loader, args.device),
+        **about,
     }
-    print_report(args, tasks, report)
-    data.save(out / "metrics.json", lambda f: f.write(json.dumps(report, indent=2).encode()))
-    save_predictions(model, tasks, test_set, device, out / "predictions.png")
-    print(f"best epoch {report['best_epoch'] + 1}, {report['seconds']} s; pictures: {out / 'predictions.png'}")
+    print(final_table(model.tasks, report["test"], report["trivial"]))
+    reference = single_results(args, model.tasks) if args.model != "single" else None
+    if reference is not None:
+        report["delta_m"] = delta_m(model.tasks, report["test"], reference[1])
+        print(f"Δm {report['delta_m']:+.2f} % against {reference[0]}")
+    if out is not None:
+        data.save(out / "metrics.json", lambda f: f.write(json.dumps(report, indent=2).encode()))
+        save_predictions(model, model.tasks, test_set, args.device, out / "predictions.png")
+        print(f"{', '.join(f'{k} {v}' for k, v in about.items())}; pictures: {out / 'predictions.png'}")
     return report
 
 
@@ -845,18 +843,8 @@ def evaluate_checkpoint(args: argparse.Namespace) -> dict:
     args.tasks = model.names
     sets = make_datasets(args)
     constant = ConstantPredictor(model.tasks, loader_for(sets["plain"], args, shuffle=False))
-    loader = loader_for(sets["test"], args, shuffle=False)
-    report = {
-        "test": evaluate(model, model.tasks, loader, args.device, args.amp),
-        "trivial": evaluate(constant, model.tasks, loader, args.device),
-        "best_epoch": checkpoint["epoch"],
-    }
-    print_report(args, model.tasks, report)
-    if args.out is not None:
-        out = new_run_folder(args)
-        data.save(out / "metrics.json", lambda f: f.write(json.dumps(report, indent=2).encode()))
-        save_predictions(model, model.tasks, sets["test"], args.device, out / "predictions.png")
-    return report
+    out = new_run_folder(args) if args.out is not None else None
+    return test(args, model, constant, sets["test"], {"best_epoch": checkpoint["epoch"]}, out)
 
 
 def train_single(args: argparse.Namespace) -> dict:
