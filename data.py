@@ -319,7 +319,9 @@ class NYUD(DenseDataset):
     def intrinsics(self) -> tuple[float, float, float, float]:
         """(fx, fy, cx, cy) of the images in pixels, for comparing normals with depth."""
         height, width, _ = read_pixels(self.path("image", self.stems[0]), "RGB").shape
-        if self.layout == "NYUDv2":  # not another resolution, but 45 rows and 40 columns less at the top and left
+        if self.layout == "NYUDv2":
+            # Not another resolution but a cut-out, by its size the usual one that starts at row 45 and column 40; to be
+            # verified on a real file.
             fx, fy, cx, cy = nyu_intrinsics(480, 640)
             return fx, fy, cx - 40, cy - 45
         return nyu_intrinsics(height, width)

@@ -572,6 +572,15 @@ def test_nyud_says_what_is_wrong(tmp_path):
     fails("0003.jpg cannot be read", root, "train", **only)
 
 
+def test_splits_of_different_archives_are_refused(tmp_path):
+    write_nyud(tmp_path / "a", "NYUD_MT")
+    write_nyud(tmp_path / "b", "NYUD_MT", size=(5, 7))
+    a, b = data.NYUD(tmp_path / "a", "train"), data.NYUD(tmp_path / "b", "val")
+    data.require_one_archive(a, data.NYUD(tmp_path / "a", "val"))
+    with pytest.raises(data.DataError, match=r"training images are \(6, 8\)"):
+        data.require_one_archive(a, b)
+
+
 def test_npy_header_is_not_trusted_for_its_size(tmp_path):
     path = tmp_path / "huge.npy"
     with open(path, "wb") as f:
