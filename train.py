@@ -692,18 +692,20 @@ def plain_args(args: argparse.Namespace) -> dict:
 
 
 def header(tasks: tuple[Task, ...]) -> str:
-    columns = "".join(f" │ {t.name + ':':9s} loss  weight {t.metric:>6s}" for t in tasks)
+    columns = "".join(f" │ {t.name + ':':{name_width(t)}s} loss  weight {t.metric:>6s}" for t in tasks)
     return f"epoch  time{columns}"
 
 
 def table_row(epoch: int, seconds: float, tasks, losses: dict, weights: Tensor, results: dict | None) -> str:
-    def figure(t):
-        return f"{results[t.name][t.metric]:6.2f}" if results else "     –"
+    row = f"{epoch + 1:5d} {seconds:4.0f}s"
+    for t, weight in zip(tasks, weights.tolist(), strict=True):
+        figure = f"{results[t.name][t.metric]:6.2f}" if results else "     –"
+        row += f" │ {losses[t.name]:{name_width(t) + 5}.3f} {weight:7.2f} {figure}"
+    return row
 
-    columns = "".join(
-        f" │ {losses[t.name]:14.3f} {w:7.2f} {figure(t)}" for t, w in zip(tasks, weights.tolist(), strict=True)
-    )
-    return f"{epoch + 1:5d} {seconds:4.0f}s{columns}"
+
+def name_width(task: Task) -> int:
+    return max(9, len(task.name) + 1)
 
 
 def final_table(tasks: tuple[Task, ...], results: dict, trivial: dict) -> str:
