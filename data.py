@@ -1542,19 +1542,23 @@ def compose(rng, aspect: float) -> list[Thing]:
     return [thing for _, thing in sorted(things, key=lambda pair: pair[0])]  # who stands lower is nearer
 
 
+def faded(paint: Print) -> Print:
+    return replace(paint, colours=0.55 + 0.35 * (paint.colours - 0.5))
+
+
 def clutter(rng, aspect: float) -> list[Shape]:
-    """Wall, floor, and blobs, bars and polygons that are no object."""
+    """Wall, floor, and blobs, bars and polygons that are no object; paler than the things, as if out of focus."""
     horizon = rng.uniform(0.3, 0.9)
     wall, floor = (np.array([(0, y), (aspect, y), (aspect, y + 1), (0, y + 1)]) for y in (0, horizon))
-    shapes = [Shape(wall, random_print(rng)), Shape(floor, random_print(rng))]
-    for _ in range(rng.integers(8, 25)):
+    shapes = [Shape(wall, faded(random_print(rng))), Shape(floor, faded(random_print(rng)))]
+    for _ in range(rng.integers(2, 9)):
         (x, y), (rx, ry) = rng.uniform(0, [aspect, 1]), rng.uniform(0.02, 0.2, 2)
         outline = (
             ellipse(x, y, rx, ry),
             capsule([x, y], [x + 3 * rx - 0.3, y + 3 * ry - 0.3], 0.03, 0.03),
             [x, y] + rng.normal(0, 0.1, (rng.integers(3, 6), 2)),
         )[rng.integers(3)]
-        shapes.append(Shape(outline, random_print(rng)))
+        shapes.append(Shape(outline, faded(random_print(rng))))
     return shapes
 
 
