@@ -808,7 +808,7 @@ def main(args: argparse.Namespace) -> dict:
     # The test split is looked at once, by the epoch that the held-out images chose.
     chosen = load_checkpoint(out / "best.pt")
     model.load_state_dict(chosen["model"])
-    about = {"best_epoch": chosen["epoch"], "parameters": parameters, "seconds": round(time.time() - started)}
+    about = {"best_epoch": chosen["epoch"] + 1, "parameters": parameters, "seconds": round(time.time() - started)}
     return test(args, model, constant, test_set, about, out)
 
 
@@ -846,7 +846,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> dict:
     sets = make_datasets(args)
     constant = ConstantPredictor(model.tasks, loader_for(sets["plain"], args, shuffle=False))
     out = new_run_folder(args) if args.out is not None else None
-    return test(args, model, constant, sets["test"], {"best_epoch": checkpoint["epoch"]}, out)
+    return test(args, model, constant, sets["test"], {"best_epoch": checkpoint["epoch"] + 1}, out)
 
 
 def train_single(args: argparse.Namespace) -> dict:
