@@ -294,12 +294,18 @@ def test_a_batch_of_two_equals_two_singles():
 def test_order_of_tasks_has_no_effect():
     torch.manual_seed(0)
     a, b = MTCP(NYUD, TOY).eval(), MTCP(NYUD[::-1], TOY).eval()
+    for cfm in a.cfm.values():
+        nn.init.constant_(cfm.log_tau, math.log(100))  # untrained attention is so flat that Q and K hardly matter
     b.load_state_dict(a.state_dict())
-    x = torch.randn(1, 3, 64, 64)
+    x, X = torch.randn(1, 3, 64, 64), {t: 3 * torch.randn(1, TOY.width, 16, 16) for t in a.names}
     with torch.no_grad():
         ya, yb = a(x), b(x)
+        fused_a, fused_b = a.fuse(X), b.fuse({t: X[t] for t in b.names})
+        swapped = a.cfm["depth"](X["depth"], [X["semseg"], X["normals"]])  # not the sorted order
     for t in a.names:
         close(ya[t]["final"], yb[t]["final"])
+        close(fused_a[t], fused_b[t])
+    assert (swapped - fused_a["depth"]).abs().max() > 1e-3
 
 
 def test_bfloat16_autocast_stays_near_float32():
@@ -1135,6 +1141,7 @@ def run(rooms: Path, out: Path, *flags: str) -> dict:
 
 
 def test_a_run_writes_its_folder_and_repeats_and_resumes_exactly(rooms, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "toy", replace(TOY, drop_path=0.5))  # something that draws at random in every step
     whole = run(rooms, tmp_path / "a", "--epochs", "2", "--holdout", "0.2")
     assert {p.name for p in (tmp_path / "a").iterdir()} == {
         "config.json", "log.jsonl", "last.pt", "best.pt", "metrics.json", "predictions.png",
