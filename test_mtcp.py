@@ -1163,6 +1163,8 @@ def test_a_run_writes_its_folder_and_repeats_and_resumes_exactly(rooms, tmp_path
         run(rooms, tmp_path / "b", "--epochs", "2", "--holdout", "0.2", "--resume", "--kappa", "3")
     resumed = run(rooms, tmp_path / "b", "--epochs", "2", "--holdout", "0.2", "--resume")
     assert resumed["test"] == whole["test"]
+    ends = [train.load_checkpoint(tmp_path / run_name / "last.pt")["model"] for run_name in ("a", "b")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     with pytest.raises(data.DataError, match="not empty"):
         run(rooms, tmp_path / "b")
 
