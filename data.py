@@ -1,22 +1,24 @@
-"""Datasets for MT-CP: NYUD-v2 in the two archives that circulate, and a rendered stand-in in the same format.
+"""Datasets for MT-CP: NYUD-v2 in the two archives that circulate, PASCAL-Context, and a rendered stand-in for each.
 
 Whatever the archive, one sample is a dict of
 
-    image    float32 (3,H,W)   RGB, normalised by ImageNet's mean and std
-    semseg   int64   (H,W)     class 0…39, 255 = ignore
-    depth    float32 (1,H,W)   metres along the optical axis, 0 = invalid
-    normals  float32 (3,H,W)   unit vectors (x right, y away from the camera, z up), all-zero = invalid
-    name     str               file stem
-    size     int64   (2,)      original (H,W)
+    image        float32 (3,H,W)   RGB, normalised by ImageNet's mean and std
+    semseg       int64   (H,W)     class 0…39 (NYUD-v2) or 0…20 (PASCAL-Context), 255 = ignore
+    depth        float32 (1,H,W)   metres along the optical axis, 0 = invalid
+    normals      float32 (3,H,W)   unit vectors (x right, y away from the camera, z up), all-zero = invalid
+    human_parts  int64   (H,W)     0 background, 1…6 part, 255 = ignore
+    sal          float32 (1,H,W)   0 or 1; 255 = ignore, where a rotation brought in what is outside
+    name         str               file stem
+    size         int64   (2,)      original (H,W)
 
 of which only the labels that were asked for are read. What is on disk is treated as untrusted: nothing is unpickled, no
 size is believed before it is compared, and every complaint (DataError) names the file and what to do about it.
 
-    python data.py rooms --out data/rooms               render the stand-in (what train.py does by itself)
+    python data.py rooms --out data/rooms               render a stand-in, rooms or figures (train.py does it by itself)
     python data.py check --dataset nyud --root DIR      is this archive complete and sane? exit status 1 if not
 
 In this order: readers, one per file format → archive layouts and the datasets → joint transforms → loaders → pictures →
-the check → the renderer → the command line.
+the check → the two renderers → rendered sets on disk → the command line.
 """
 
 import argparse
@@ -249,7 +251,7 @@ class DenseDataset(Dataset):
     """
 
     def __init__(self, root, split, tasks=None, transform=None, stems=None, seed=0, complete=True):
-        self.root, self.split, self.transform, self.seed = Path(root), split, transform, seed
+        self.root, self.transform, self.seed = Path(root), transform, seed
         self.tasks = tuple(self.readers if tasks is None else tasks)
         self.stems = self.list_stems(root, split) if stems is None else stems
         self.epoch = 0

@@ -2,6 +2,8 @@
 
     python train.py                                          rendered rooms, toy preset: minutes on a laptop's CPU
     python train.py --dataset nyud --root DIR --pretrained --amp                    NYUD-v2, paper preset, on a GPU
+    python train.py --dataset figures                        rendered people and things: segmentation, parts, saliency
+    python train.py --model single                           one network per task; later runs print Δm against it
     python train.py --balancer equal --no-cfm --no-trace-back                       switch off what the paper adds
     python train.py --out runs/mine; python train.py --out runs/mine --resume       go on where a run was cut off
     python train.py --eval runs/mine/best.pt                                        evaluate a checkpoint
@@ -503,7 +505,7 @@ def evaluate(model: nn.Module, tasks: tuple[Task, ...], loader, device: str, amp
     """{task name: {metric: value}} over the whole loader, at the labels' resolution.
 
     For a model with CFM also cosine_before and cosine_after: the mean cosine distance of X_t, and of X̂_t, to the
-    auxiliaries (see mtcp.cosine_distance). With all three tasks also "coherence" (see Coherence).
+    auxiliaries (see mtcp.cosine_distance). With all three tasks also "coherence" (see the section above).
     """
     model.eval()
     metrics = {t.name: METRICS[t.metric](t) for t in tasks}
