@@ -2,7 +2,7 @@
 
 Reference: M. Fontana, M. Spratling, M. Shi, "Optimizing Dense Visual Predictions Through Multi-Task Coherence and
 Prioritization", WACV 2025, arXiv 2412.03179. This file is an independent implementation, made to be read from top to
-bottom beside the paper; it needs torch and timm, and no other file of this repository.
+bottom beside the paper; it needs torch and timm (which brings safetensors along), and no other file of this repository.
 
 One network predicts several dense maps of one image, for example segmentation, depth and surface normals. The paper's
 Figure 2, with its symbols, is the table of contents (B images of H x W pixels, T tasks, C = 256 channels,
@@ -36,15 +36,23 @@ Where this file departs from the paper or from the authors' released code, a com
 README.md has them all in one table.
 """
 
+import hashlib
+import json
 import math
+import pickle
+import re
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.layers import LayerNorm2d
-from timm.models.swin_transformer import SwinTransformerStage
+from timm.models.swin_transformer import SwinTransformerBlock, SwinTransformerStage
 from torch import Tensor
 
 # ======================================================================================================================
@@ -92,7 +100,6 @@ class MTCPConfig:
 
     backbone: str = "swin_small_patch4_window7_224"  # any timm name with features; see Backbone
     backbone_args: dict = field(default_factory=dict)  # extra arguments for timm.create_model
-    pretrained: bool = False  # ImageNet weights from timm's hub for the backbone
     drop_path: float = 0.3  # of the backbone
     width: int = 256  # C
     pixel_layers: int = 6  # deformable attention layers of the pixel decoder
@@ -113,6 +120,8 @@ class MTCPConfig:
 
 PRESETS = {
     "paper": MTCPConfig(),
+    # The same decoders on a plain ViT with foundation-model weights (DINOv2, Oquab et al., TMLR 2024).
+    "vit": MTCPConfig(backbone="vit_base_patch14_reg4_dinov2"),
     # The same topology at a size two CPU cores can train from scratch in minutes.
     "toy": MTCPConfig(
         backbone="swin_tiny_patch4_window7_224",
@@ -166,6 +175,28 @@ class CBAM(nn.Module):
         return x * torch.sigmoid(self.place(pooled))
 
 
+class PadThenShiftBlock(SwinTransformerBlock):
+    """timm's [Swin] block, but the map (B,h,w,C) is padded to whole windows before it is shifted, as in the original.
+
+    timm shifts first. Where the window does not divide the map, as 7 does not divide 120 x 160, rows that the shift has
+    brought over from the opposite edge then share a window with rows they are no neighbours of, and published weights
+    give other features than they were trained for.
+    """
+
+    def _attn(self, x: Tensor) -> Tensor:
+        (H, W), (window_h, window_w) = x.shape[1:3], self.window_size
+        x = F.pad(x, (0, 0, 0, -W % window_w, 0, -H % window_h))
+        return super()._attn(x)[:, :H, :W]
+
+
+def pad_then_shift(net: nn.Module) -> nn.Module:
+    """Turns all of timm's Swin blocks inside `net` into PadThenShiftBlocks: the same tensors with another method."""
+    for m in net.modules():
+        if type(m) is SwinTransformerBlock:
+            m.__class__ = PadThenShiftBlock
+    return net
+
+
 # ======================================================================================================================
 # Backbone: x → c2, c3, c4, c5
 # ======================================================================================================================
@@ -189,19 +220,18 @@ class Backbone(nn.Module):
     four strides. Plain ViTs (ViT, DeiT, DINOv2, DINOv3) have a single one, 14 or 16; the simple feature pyramid of
     [ViTDet] makes the four maps from their last block.
 
-    Raises ValueError for a backbone whose strides fit neither case, and whatever timm raises for an unknown name.
+    Raises ValueError for a backbone whose strides fit neither case or that takes images of one size only, and whatever
+    timm raises for an unknown name.
     """
 
-    def __init__(self, name: str, drop_path: float = 0.0, pretrained: bool = False, **timm_args):
+    def __init__(self, name: str, drop_path: float = 0.0, **timm_args):
         super().__init__()
-        self.net = timm.create_model(
-            name,
-            features_only=True,
-            pretrained=pretrained,
-            drop_path_rate=drop_path,
-            **_any_size_args(name),
-            **timm_args,
-        )
+        if timm.get_pretrained_cfg(name).fixed_input_size and not _any_size_args(name):
+            raise ValueError(
+                f"backbone {name} takes images of one size only: choose a Swin, a ConvNeXt, a PVT v2 or a ViT"
+            )
+        self.name, self.timm_args = name, {"drop_path_rate": drop_path, **_any_size_args(name), **timm_args}
+        self.net = pad_then_shift(timm.create_model(name, features_only=True, **self.timm_args))
         strides, widths = self.net.feature_info.reduction(), self.net.feature_info.channels()
         if strides[-4:] == [4, 8, 16, 32]:
             self.patch, self.pyramid = None, None
@@ -429,13 +459,13 @@ class TaskDecoder(nn.Module):
         super().__init__()
         widths = [cfg.width, 2 * cfg.width, 4 * cfg.width]
         self.stages = nn.ModuleList(
-            SwinTransformerStage(
+            pad_then_shift(SwinTransformerStage(
                 dim=widths[max(i - 1, 0)], out_dim=widths[i], depth=depth, downsample=i > 0,
                 num_heads=cfg.task_heads, window_size=cfg.window,
                 # With these two flags the nominal resolution is not used: windows are padded and masked to the size
                 # that arrives.
                 input_resolution=(cfg.window, cfg.window), always_partition=True, dynamic_mask=True,
-            )
+            ))
             for i, depth in enumerate(cfg.task_depths)
         )  # fmt: skip
         self.norms = nn.ModuleList(nn.LayerNorm(w) for w in widths)
@@ -626,7 +656,7 @@ class MTCP(nn.Module):
         def for_each_task(make):
             return nn.ModuleDict({t.name: make(t) for t in tasks})
 
-        self.backbone = Backbone(cfg.backbone, cfg.drop_path, cfg.pretrained, **cfg.backbone_args)
+        self.backbone = Backbone(cfg.backbone, cfg.drop_path, **cfg.backbone_args)
         self.pixel_decoder = PixelDecoder(self.backbone.channels, cfg)
         self.query_decoder = QueryDecoder(cfg)
         self.decoder = for_each_task(lambda t: TaskDecoder(cfg))
@@ -1021,3 +1051,286 @@ def pixel_centres(sizes: list, like: Tensor) -> Tensor:
 def to_sequence(maps: list[Tensor]) -> Tensor:
     """[(B,C,h_l,w_l), …] → (B,Σ h_l·w_l,C)"""
     return torch.cat([m.flatten(2) for m in maps], dim=2).transpose(1, 2)
+
+
+# ======================================================================================================================
+# Published weights: a whole Mask2Former, or a backbone
+#
+# Nothing is loaded "as far as it fits": every tensor of that part of the network is filled, every tensor of the file is
+# used or known to be of no use, and anything else is a WeightsError that names it. A network of which a half was
+# silently left out trains without a complaint, to figures that are far too low.
+# ======================================================================================================================
+
+# Our names (left) and those of Hugging Face's Mask2FormerForUniversalSegmentation (right). * stands for a number, the
+# same on both sides; whatever follows the name, such as .weight or .0.bias, is the same too. {a,b,c}: three tensors,
+# stacked into one. ENC, PIX and QRY are short for:
+ENC, PIX, QRY = "model.pixel_level_module.encoder", "model.pixel_level_module.decoder", "model.transformer_module"
+MASK2FORMER = """
+backbone.net.patch_embed.proj                      ENC.embeddings.patch_embeddings.projection
+backbone.net.patch_embed.norm                      ENC.embeddings.norm
+backbone.net.layers_*.blocks.*.norm1               ENC.encoder.layers.*.blocks.*.layernorm_before
+backbone.net.layers_*.blocks.*.attn.qkv            ENC.encoder.layers.*.blocks.*.attention.self.{query,key,value}
+backbone.net.layers_*.blocks.*.attn.proj           ENC.encoder.layers.*.blocks.*.attention.output.dense
+backbone.net.layers_*.blocks.*.norm2               ENC.encoder.layers.*.blocks.*.layernorm_after
+backbone.net.layers_*.blocks.*.mlp.fc1             ENC.encoder.layers.*.blocks.*.intermediate.dense
+backbone.net.layers_*.blocks.*.mlp.fc2             ENC.encoder.layers.*.blocks.*.output.dense
+backbone.net.layers_*.blocks.*.attn.relative_position_bias_table \
+                                        ENC.encoder.layers.*.blocks.*.attention.self.relative_position_bias_table
+backbone.net.layers_1.downsample.norm              ENC.encoder.layers.0.downsample.norm
+backbone.net.layers_1.downsample.reduction         ENC.encoder.layers.0.downsample.reduction
+backbone.net.layers_2.downsample.norm              ENC.encoder.layers.1.downsample.norm
+backbone.net.layers_2.downsample.reduction         ENC.encoder.layers.1.downsample.reduction
+backbone.net.layers_3.downsample.norm              ENC.encoder.layers.2.downsample.norm
+backbone.net.layers_3.downsample.reduction         ENC.encoder.layers.2.downsample.reduction
+backbone.norms.0                                   ENC.hidden_states_norms.stage1
+backbone.norms.1                                   ENC.hidden_states_norms.stage2
+backbone.norms.2                                   ENC.hidden_states_norms.stage3
+backbone.norms.3                                   ENC.hidden_states_norms.stage4
+pixel_decoder.project.*                            PIX.input_projections.*
+pixel_decoder.level_embed                          PIX.level_embed
+pixel_decoder.layers.*.attention.offsets           PIX.encoder.layers.*.self_attn.sampling_offsets
+pixel_decoder.layers.*.attention.weights           PIX.encoder.layers.*.self_attn.attention_weights
+pixel_decoder.layers.*.attention.value             PIX.encoder.layers.*.self_attn.value_proj
+pixel_decoder.layers.*.attention.out               PIX.encoder.layers.*.self_attn.output_proj
+pixel_decoder.layers.*.norm1                       PIX.encoder.layers.*.self_attn_layer_norm
+pixel_decoder.layers.*.ffn.0                       PIX.encoder.layers.*.fc1
+pixel_decoder.layers.*.ffn.2                       PIX.encoder.layers.*.fc2
+pixel_decoder.layers.*.norm2                       PIX.encoder.layers.*.final_layer_norm
+pixel_decoder.lateral                              PIX.adapter_1
+pixel_decoder.smooth                               PIX.layer_1
+pixel_decoder.to_P                                 PIX.mask_projection
+query_decoder.query_features                       QRY.queries_features
+query_decoder.query_position                       QRY.queries_embedder
+query_decoder.level_embed                          QRY.level_embed
+query_decoder.layers.*.cross                       QRY.decoder.layers.*.cross_attn
+query_decoder.layers.*.norm1                       QRY.decoder.layers.*.cross_attn_layer_norm
+query_decoder.layers.*.self_attention.in_proj_weight    QRY.decoder.layers.*.self_attn.{q_proj,k_proj,v_proj}.weight
+query_decoder.layers.*.self_attention.in_proj_bias      QRY.decoder.layers.*.self_attn.{q_proj,k_proj,v_proj}.bias
+query_decoder.layers.*.self_attention.out_proj     QRY.decoder.layers.*.self_attn.out_proj
+query_decoder.layers.*.norm2                       QRY.decoder.layers.*.self_attn_layer_norm
+query_decoder.layers.*.ffn.0                       QRY.decoder.layers.*.fc1
+query_decoder.layers.*.ffn.2                       QRY.decoder.layers.*.fc2
+query_decoder.layers.*.norm3                       QRY.decoder.layers.*.final_layer_norm
+query_decoder.norm                                 QRY.decoder.layernorm
+query_decoder.mask_embed.0                         QRY.decoder.mask_predictor.mask_embedder.0.0
+query_decoder.mask_embed.2                         QRY.decoder.mask_predictor.mask_embedder.1.0
+query_decoder.mask_embed.4                         QRY.decoder.mask_predictor.mask_embedder.2.0
+"""
+# What such a file has and MT-CP has no use for: the class head, the loss, a constant that Swin computes for itself, and
+# a last norm that newer versions save although nothing reads its output.
+MASK2FORMER_LEFTOVERS = (
+    r"class_predictor\.(weight|bias)|criterion\.empty_weight"
+    r"|.+\.relative_position_index|model\.pixel_level_module\.encoder\.swin\.layernorm\.(weight|bias)"
+)
+# Swins as timm names them, by embedding width, depths and window.
+SWINS = {
+    (96, (2, 2, 6, 2), 7): "swin_tiny_patch4_window7_224",
+    (96, (2, 2, 18, 2), 7): "swin_small_patch4_window7_224",
+    (128, (2, 2, 18, 2), 7): "swin_base_patch4_window7_224",
+    (128, (2, 2, 18, 2), 12): "swin_base_patch4_window12_384",
+    (192, (2, 2, 18, 2), 7): "swin_large_patch4_window7_224",
+    (192, (2, 2, 18, 2), 12): "swin_large_patch4_window12_384",
+}
+
+
+class WeightsError(ValueError):
+    """A file of weights that cannot be read or does not fit; the message says which, why, and what to do."""
+
+
+def load_mask2former(model: MTCP, path: str | Path) -> dict:
+    """Fills backbone, pixel decoder and query decoder from a Hugging Face Mask2Former with a Swin backbone.
+
+    path: as for `read_weights`. Returns a record of what was loaded. Raises WeightsError, before any tensor is changed,
+    if the file does not fit this network exactly.
+    """
+    path, (given, files) = Path(path), read_weights(Path(path))
+    if not any(name.startswith((ENC, PIX, QRY)) for name in given):
+        raise WeightsError(f"{path} holds no Mask2Former of Hugging Face's transformers, but {_listed(list(given), 3)}")
+    parts = ("backbone", "pixel_decoder", "query_decoder")
+    own = {name: t for name, t in model.state_dict().items() if name.split(".")[0] in parts}
+    sources = {name: mask2former_names(name) for name in own}
+    if not all(sources.values()):
+        raise WeightsError(f"a Mask2Former fills a network with a Swin backbone, and {model.cfg.backbone} is none")
+    views = _views(own, sources)
+    known = {name for name in given if re.fullmatch(MASK2FORMER_LEFTOVERS, name)}
+    problems = _differences(views, given, known)
+    if problems:
+        holds, wants = mask2former_sizes(given), mask2former_sizes(views)
+        differ = [f"{k} {holds[k]} (network: {wants[k]})" for k in holds if holds[k] != wants[k]]
+        if differ:  # then most names and shapes differ too, and say nothing more
+            problems = [f"sizes: {', '.join(differ)}; {_fitting_flags(holds)}", *_differences(views, given, known, 2)]
+        raise WeightsError("\n  ".join([f"{path} does not fill this network.", *problems]))
+    return _copy(views, given, {"from": str(path), "sha256": files, "into": ", ".join(parts)})
+
+
+def load_backbone(backbone: Backbone, path: str | Path) -> dict:
+    """Fills the backbone, all but our norms and pyramid, from a checkpoint of timm's or an original one timm can read.
+
+    path: as for `read_weights`. Returns a record of what was loaded. Raises WeightsError, before any tensor is changed,
+    if the file is not one of this very backbone.
+    """
+    path, (given, files) = Path(path), read_weights(Path(path))
+    # The classifier such a file is saved from, built without memory for its tensors. Its names are the file's, and what
+    # it has beyond our net, a head and the norm before it, is what may be left over.
+    with torch.device("meta"):
+        classifier = timm.create_model(backbone.name, **backbone.timm_args)
+    rename = getattr(sys.modules[type(classifier).__module__], "checkpoint_filter_fn", lambda tensors, model: tensors)
+    try:
+        renamed = rename(dict(given), classifier)  # original names → timm's
+    except (KeyError, AttributeError, RuntimeError, ValueError) as error:
+        raise WeightsError(f"{path} is no checkpoint of {backbone.name} that timm can read ({error})") from error
+    names = {_comparable(name): name for name in classifier.state_dict()}
+    own = backbone.net.state_dict()
+    views = _views(own, {name: [names[_comparable(name)]] for name in own})
+    problems = _differences(views, renamed, set(names.values()))
+    # timm stretches these to fit another window or image size, without a word: the file is another variant's.
+    stretched = [k for k in given if k.endswith(("relative_position_bias_table", "pos_embed"))
+                 and k in renamed and given[k].shape != renamed[k].shape]  # fmt: skip
+    if stretched:
+        problems.append(f"for another window or image size: {_listed(stretched)}")
+    if problems:
+        raise WeightsError("\n  ".join([f"{path} does not fill the backbone {backbone.name}.", *problems]))
+    return _copy(views, renamed, {"from": str(path), "sha256": files, "into": "backbone"})
+
+
+def mask2former_names(name: str) -> list[str]:
+    """One of our names → the tensor of a Mask2Former, or the three, that it is made of; [] if there is none."""
+    for row in MASK2FORMER.strip().splitlines():
+        ours, theirs = row.split()
+        match = re.fullmatch(re.escape(ours).replace(r"\*", r"(\d+)") + r"(|\..+)", name)
+        if match:
+            *numbers, rest = match.groups()
+            for number in numbers:
+                theirs = theirs.replace("*", number, 1)
+            theirs = {"ENC": ENC, "PIX": PIX, "QRY": QRY}[theirs[:3]] + theirs[3:] + rest
+            before, *choices = re.split("[{,}]", theirs)
+            return [before + choice + choices[-1] for choice in choices[:-1]] or [theirs]
+    return []
+
+
+def mask2former_sizes(tensors: dict[str, Tensor]) -> dict:
+    """The sizes of a Mask2Former as its tensors show them; None or 0 where the one that would show it is absent."""
+
+    def size(name: str, axis: int = 0) -> int | None:
+        return tensors[name].shape[axis] if name in tensors else None
+
+    def count(prefix: str) -> int:
+        return len({m[1] for name in tensors if (m := re.match(re.escape(prefix) + r"\.(\d+)\.", name))})
+
+    tables = [f"{ENC}.encoder.layers.{i}.blocks.0.attention.self.relative_position_bias_table" for i in range(4)]
+    return {
+        "embed_dim": size(f"{ENC}.embeddings.norm.weight"),
+        "depths": tuple(count(f"{ENC}.encoder.layers.{i}.blocks") for i in range(4)),
+        "num_heads": tuple(size(table, axis=1) for table in tables),
+        "window_size": (math.isqrt(size(tables[0]) or 0) + 1) // 2,  # a table has (2·window - 1)² rows
+        "width": size(f"{PIX}.mask_projection.weight"),
+        "pixel_layers": count(f"{PIX}.encoder.layers"),
+        "pixel_ffn": size(f"{PIX}.encoder.layers.0.fc1.weight"),
+        "queries": size(f"{QRY}.queries_features.weight"),
+        "query_layers": count(f"{QRY}.decoder.layers"),
+        "query_ffn": size(f"{QRY}.decoder.layers.0.fc1.weight"),
+    }
+
+
+def _fitting_flags(sizes: dict) -> str:
+    """What to type for a Mask2Former of these sizes."""
+    swin = SWINS.get((sizes["embed_dim"], sizes["depths"], sizes["window_size"]))
+    for preset, cfg in PRESETS.items():
+        decoders = ("width", "pixel_layers", "pixel_ffn", "query_layers", "query_ffn")
+        if swin and all(sizes[k] == getattr(cfg, k) for k in decoders):
+            queries = "" if sizes["queries"] == cfg.queries else f" --queries {sizes['queries']}"
+            return f"it fits --preset {preset} --backbone {swin}{queries}"
+    return "no preset fits, but a network built with an MTCPConfig of these sizes would"
+
+
+def _comparable(name: str) -> str:
+    """timm names a tensor layers.0.x in a classifier, but layers_0.x or model.layers.0.x in a features_only net."""
+    return name.removeprefix("model.").replace("_", ".")
+
+
+def _views(own: dict[str, Tensor], sources: dict[str, list[str]]) -> dict[str, Tensor]:
+    """Our tensors and the names each is stacked from → {their name: its place in our tensor, as a view}."""
+    parts = {name: zip(sources[name], t.chunk(len(sources[name])), strict=True) for name, t in own.items()}
+    return {source: view for pairs in parts.values() for source, view in pairs}
+
+
+def _differences(views: dict[str, Tensor], given: dict[str, Tensor], known: set[str], most: int = 8) -> list[str]:
+    """Why `given` does not fill `views` exactly: a line for each kind of reason, with `most` names at most. Only `known`
+    may be left over."""
+    misfits = [
+        f"{name} {tuple(given[name].shape)} (network: {tuple(view.shape)})"
+        for name, view in views.items()
+        if name in given and given[name].shape != view.shape
+    ]
+    reasons = {
+        "missing in the file": [name for name in views if name not in given],
+        "in the file, but not in the network": [name for name in given if name not in views and name not in known],
+        "of another shape": misfits,
+    }
+    return [f"{reason}: {_listed(names, most)}" for reason, names in reasons.items() if names]
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+@torch.no_grad()
+def _copy(views: dict[str, Tensor], given: dict[str, Tensor], record: dict) -> dict:
+    """Fills the views. Returns the record, and with it how many tensors were used and which were not."""
+    for name, view in views.items():
+        view.copy_(given[name])
+    return {**record, "tensors": len(views), "not used": sorted(set(given) - set(views))}
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A checkpoint → its tensors by name, on the CPU, and the sha256 of each of its files.
+
+    path: a .safetensors file; a file of torch.save, read with weights_only=True, so that it cannot run code; the index
+    (.index.json) of a checkpoint in several files; or a folder that holds one of these under its usual name. Raises
+    WeightsError.
+    """
+    if path.is_dir():
+        usual = [
+            path / (name + end) for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
+        ]
+        path = next((p for p in usual if p.is_file()), path / usual[0].name)
+    try:
+        files = _shards(path) if path.suffix == ".json" else [path]
+        tensors = {name: t for file in files for name, t in _read_file(file).items()}
+        return tensors, {file.name: _sha256(file) for file in files}
+    except FileNotFoundError as error:
+        raise WeightsError(f"weights {error.filename or error} not found") from error
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise WeightsError(f"{index} is no index of a checkpoint: {error!r}") from error
+    if any(Path(name).name != name for name in names):
+        raise WeightsError(f"{index} names files outside its own folder: {_listed(names)}")
+    return [index.parent / name for name in names]
+
+
+def _read_file(file: Path) -> dict[str, Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise WeightsError(f"{file} cannot be read; was it downloaded to the end? ({error})") from error
+    for key in ("model", "state_dict"):  # the wrappings in use
+        content = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise WeightsError(f"{file} holds something else than tensors by name")
+    return content
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as f:
+        while chunk := f.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,7 +1,7 @@
 """Train and evaluate MT-CP. One script, one loop, in plain sight: `main` follows a batch from disk to optimiser step.
 
     python train.py                                          rendered rooms, toy preset: minutes on a laptop's CPU
-    python train.py --dataset nyud --root DIR --pretrained --amp                    NYUD-v2, paper preset, on a GPU
+    python train.py --dataset nyud --root DIR --mask2former DIR --amp               NYUD-v2, paper preset, on a GPU
     python train.py --dataset figures                        rendered people and things: segmentation, parts, saliency
     python train.py --model single                           one network per task; later runs print Δm against it
     python train.py --balancer equal --no-cfm --no-trace-back                       switch off what the paper adds
@@ -22,9 +22,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -77,13 +80,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument(
         "--preset", choices=list(mtcp.PRESETS), help="sizes of the network (rooms, figures: toy; nyud, pascal: paper)"
     )
+    p.add_argument("--backbone", metavar="NAME", help="another backbone than the preset's, by timm's name for it")
+    p.add_argument("--queries", type=int, metavar="N", help="another number of queries than the preset's")
+    start = p.add_mutually_exclusive_group()
+    start.add_argument("--mask2former", type=Path, metavar="PATH",
+                       help="start from a Mask2Former-Swin of Hugging Face: a folder or file")  # fmt: skip
+    start.add_argument(
+        "--pretrained", action="store_true", help="start the backbone from the weights timm publishes for it (download)"
+    )
+    start.add_argument("--backbone-weights", type=Path, metavar="FILE",
+                       help="start the backbone from a local file: timm's, or an original Swin checkpoint")  # fmt: skip
+    start.add_argument("--from-scratch", action="store_true", help="start from random weights; the toy preset does")
     p.add_argument("--model", choices=["mtcp", "baseline", "single"], default="mtcp",
                    help="baseline: no CFM, no trace-back; single: a baseline for every task alone")  # fmt: skip
     p.add_argument("--single", type=Path, metavar="METRICS", help="metrics.json of a single run, to compute Δm against")
     p.add_argument("--tasks", nargs="+", metavar="TASK", help="some of the dataset's tasks (default: all)")
-    p.add_argument(
-        "--pretrained", action="store_true", help="start the backbone from timm's ImageNet weights (download)"
-    )
     p.add_argument("--no-cfm", dest="cfm", action="store_false", help="tasks do not exchange features")
     p.add_argument("--no-trace-back", dest="trace_back", action="store_false", help="decode X_hat directly")
     p.add_argument("--cfm-stride", type=int, default=None, help="pool the keys and values of CFM (1 = exact)")
@@ -117,7 +128,7 @@ def fill_in(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argpar
     """Defaults from the checkpoint to evaluate or the dataset's recipe, and one clear sentence for what cannot work."""
     if args.eval is not None:
         saved = load_checkpoint(args.eval)["args"]
-        for key in ("dataset", "root", "size", "preset", "tasks"):
+        for key in ("dataset", "root", "size", "preset", "tasks", "backbone", "queries"):
             if getattr(args, key) is None:
                 setattr(args, key, saved[key])
     args.dataset = args.dataset or "rooms"
@@ -134,8 +145,24 @@ def fill_in(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argpar
         parser.error(
             f"--dataset {args.dataset} needs --root, the folder of the archive;\n{recipe.kind.help.format(root='it')}"
         )
-    if min(args.epochs, args.batch_size, *(args.size or [1])) < 1 or args.lr <= 0 or args.workers < 0 or args.seed < 0:
-        parser.error("--epochs, --batch-size, --size and --lr take positive numbers; --workers and --seed 0 or more")
+    positive = (args.epochs, args.batch_size, *(args.size or []), *([] if args.queries is None else [args.queries]))
+    if min(positive) < 1 or args.lr <= 0 or args.workers < 0 or args.seed < 0:
+        parser.error(
+            "--epochs, --batch-size, --size, --queries and --lr take positive numbers; --workers and --seed 0 or more"
+        )
+    if args.backbone is not None and not timm.is_model(args.backbone):
+        parser.error(
+            f"--backbone {args.backbone} is no model of timm {timm.__version__}; timm.list_models() has them all"
+        )
+    has_start = args.mask2former or args.pretrained or args.backbone_weights or args.from_scratch
+    if args.preset != "toy" and not (has_start or args.resume or args.eval):
+        parser.error(
+            f"preset {args.preset} from random weights reaches none of the published figures. Where shall it start?\n"
+            "  --mask2former PATH       a Mask2Former trained on ADE20K, as the paper does\n"
+            "  --pretrained             the weights timm publishes for the backbone\n"
+            "  --backbone-weights FILE  the same from a local file\n"
+            "  --from-scratch           random weights all the same"
+        )
     if not 0 <= args.holdout < 1:
         parser.error("--holdout is a share of the training split, at least 0 and less than 1")
     if args.resume and args.out is None:
@@ -188,10 +215,50 @@ def resize_image(sample: dict, rng: np.random.Generator, size: tuple[int, int]) 
 
 def make_model(args: argparse.Namespace) -> MTCP:
     tasks = tuple(t for t in RECIPES[args.dataset].tasks if t.name in args.tasks)
-    changes = {"cfm": args.cfm, "trace_back": args.trace_back, "pretrained": args.pretrained}
-    if args.cfm_stride is not None:
-        changes["cfm_stride"] = args.cfm_stride
-    return MTCP(tasks, replace(mtcp.PRESETS[args.preset], **changes))
+    given = {"backbone": args.backbone, "queries": args.queries, "cfm_stride": args.cfm_stride}
+    changes = {k: v for k, v in given.items() if v is not None} | {"cfm": args.cfm, "trace_back": args.trace_back}
+    if args.backbone is not None:
+        changes["backbone_args"] = {}  # the preset's belong to the preset's backbone
+    try:
+        return MTCP(tasks, replace(mtcp.PRESETS[args.preset], **changes))
+    except (ValueError, RuntimeError) as error:
+        raise data.DataError(f"the network cannot be built: {error}") from error
+
+
+def load_start(args: argparse.Namespace, model: MTCP) -> dict:
+    """Fills the network's shared part as the flags say. Returns what was loaded, for config.json."""
+    if args.mask2former is not None:
+        return mtcp.load_mask2former(model, args.mask2former)
+    if args.backbone_weights is not None:
+        return mtcp.load_backbone(model.backbone, args.backbone_weights)
+    if args.pretrained:
+        return mtcp.load_backbone(model.backbone, hub_weights(model.cfg.backbone))
+    return {"from": "random weights"}
+
+
+def hub_weights(backbone: str) -> Path:
+    """The file of weights that timm publishes for a backbone, from the Hugging Face hub or its local cache."""
+    cfg = timm.get_pretrained_cfg(backbone)
+    if not cfg.hf_hub_id:
+        raise mtcp.WeightsError(f"--pretrained: timm publishes no weights for {backbone} on the Hugging Face hub")
+    name = cfg.hf_hub_filename or "model.safetensors"
+    try:
+        return Path(hf_hub_download(cfg.hf_hub_id, name))
+    except (OSError, HfHubHTTPError) as error:
+        raise mtcp.WeightsError(
+            f"--pretrained: cannot get {name} of {cfg.hf_hub_id} from the Hugging Face hub ({type(error).__name__}). "
+            "Without internet, fetch it on another machine and name it by --backbone-weights"
+        ) from error
+
+
+def describe_start(start: dict) -> str:
+    if "sha256" not in start:
+        return f"starts from {start['from']}"
+    digests = ", ".join(f"{file} {digest[:12]}…" for file, digest in start["sha256"].items())
+    return (
+        f"starts from {start['from']} (sha256 {digests}): {start['tensors']} tensors into {start['into']}, "
+        f"{len(start['not used'])} not used"
+    )
 
 
 def make_balancer(args: argparse.Namespace, names: list[str]) -> nn.Module:
@@ -671,7 +738,7 @@ def load_checkpoint(path: Path) -> dict:
 
 def model_from(checkpoint: dict, path: Path) -> MTCP:
     """The network a checkpoint was saved from, with its weights; an unmatched tensor is an error that names it."""
-    model = make_model(argparse.Namespace(**{**checkpoint["args"], "pretrained": False}))
+    model = make_model(argparse.Namespace(**checkpoint["args"]))
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
@@ -736,9 +803,11 @@ def main(args: argparse.Namespace) -> dict:
     torch.manual_seed(args.seed)  # the initial weights
     sets = make_datasets(args)
     train_set, held_out, test_set = sets["train"], sets["held_out"], sets["test"]
-    out = new_run_folder(args)
     device = args.device
-    model = make_model(args).to(device, memory_format=torch.channels_last)  # faster, on CPU and GPU alike
+    model = make_model(args)
+    loaded = load_start(args, model) if not args.resume else None  # a resumed run has its own weights
+    out = new_run_folder(args)
+    model = model.to(device, memory_format=torch.channels_last)  # faster, on CPU and GPU alike
     tasks = model.tasks
     balancer = make_balancer(args, model.names).to(device)
     steps = args.epochs * len(loader_for(train_set, args, shuffle=True))
@@ -752,7 +821,9 @@ def main(args: argparse.Namespace) -> dict:
             part.load_state_dict(saved[name])
         start, best = saved["epoch"] + 1, saved["best"]
     else:
-        data.save(out / "config.json", lambda f: f.write(json.dumps(plain_args(args), indent=2).encode()))
+        config = {**plain_args(args), "start": loaded}
+        data.save(out / "config.json", lambda f: f.write(json.dumps(config, indent=2).encode()))
+        print(f"{out}: {describe_start(loaded)}")
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{out}: {args.preset} preset, {parameters / 1e6:.1f} M parameters, {len(train_set)} images, on {device}")
 
@@ -871,7 +942,7 @@ def cli(argv: list[str] | None = None) -> int:
         args = parse_args(argv)
         run = evaluate_checkpoint if args.eval else train_single if args.model == "single" else main
         run(args)
-    except (data.DataError, FloatingPointError) as error:
+    except (data.DataError, mtcp.WeightsError, FloatingPointError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
