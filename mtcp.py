@@ -43,6 +43,7 @@ import pickle
 import re
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import timm
@@ -1063,7 +1064,8 @@ def to_sequence(maps: list[Tensor]) -> Tensor:
 
 # Our names (left) and those of Hugging Face's Mask2FormerForUniversalSegmentation (right). * stands for a number, the
 # same on both sides; whatever follows the name, such as .weight or .0.bias, is the same too. {a,b,c}: three tensors,
-# stacked into one. ENC, PIX and QRY are short for:
+# stacked into one. (Patches are merged at the end of a stage there, and at the start of the next one in timm: hence
+# layers_1 and layers.0.) ENC, PIX and QRY are short for:
 ENC, PIX, QRY = "model.pixel_level_module.encoder", "model.pixel_level_module.decoder", "model.transformer_module"
 MASK2FORMER = """
 backbone.net.patch_embed.proj                      ENC.embeddings.patch_embeddings.projection
@@ -1181,7 +1183,7 @@ def load_backbone(backbone: Backbone, path: str | Path) -> dict:
         raise WeightsError(f"{path} is no checkpoint of {backbone.name} that timm can read ({error})") from error
     names = {_comparable(name): name for name in classifier.state_dict()}
     own = backbone.net.state_dict()
-    views = _views(own, {name: [names[_comparable(name)]] for name in own})
+    views = _views(own, {name: (names[_comparable(name)],) for name in own})
     problems = _differences(views, renamed, set(names.values()))
     # timm stretches these to fit another window or image size, without a word: the file is another variant's.
     stretched = [k for k in given if k.endswith(("relative_position_bias_table", "pos_embed"))
@@ -1193,8 +1195,9 @@ def load_backbone(backbone: Backbone, path: str | Path) -> dict:
     return _copy(views, renamed, {"from": str(path), "sha256": files, "into": "backbone"})
 
 
-def mask2former_names(name: str) -> list[str]:
-    """One of our names → the tensor of a Mask2Former, or the three, that it is made of; [] if there is none."""
+@cache
+def mask2former_names(name: str) -> tuple[str, ...]:
+    """One of our names → the tensor of a Mask2Former, or the three, that it is made of; () if there is none."""
     for row in MASK2FORMER.strip().splitlines():
         ours, theirs = row.split()
         match = re.fullmatch(re.escape(ours).replace(r"\*", r"(\d+)") + r"(|\..+)", name)
@@ -1204,8 +1207,8 @@ def mask2former_names(name: str) -> list[str]:
                 theirs = theirs.replace("*", number, 1)
             theirs = {"ENC": ENC, "PIX": PIX, "QRY": QRY}[theirs[:3]] + theirs[3:] + rest
             before, *choices = re.split("[{,}]", theirs)
-            return [before + choice + choices[-1] for choice in choices[:-1]] or [theirs]
-    return []
+            return tuple(before + choice + choices[-1] for choice in choices[:-1]) or (theirs,)
+    return ()
 
 
 def mask2former_sizes(tensors: dict[str, Tensor]) -> dict:
@@ -1248,15 +1251,17 @@ def _comparable(name: str) -> str:
     return name.removeprefix("model.").replace("_", ".")
 
 
-def _views(own: dict[str, Tensor], sources: dict[str, list[str]]) -> dict[str, Tensor]:
+def _views(own: dict[str, Tensor], sources: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
     """Our tensors and the names each is stacked from → {their name: its place in our tensor, as a view}."""
     parts = {name: zip(sources[name], t.chunk(len(sources[name])), strict=True) for name, t in own.items()}
     return {source: view for pairs in parts.values() for source, view in pairs}
 
 
 def _differences(views: dict[str, Tensor], given: dict[str, Tensor], known: set[str], most: int = 8) -> list[str]:
-    """Why `given` does not fill `views` exactly: a line for each kind of reason, with `most` names at most. Only `known`
-    may be left over."""
+    """Why `given` does not fill `views` exactly: a line for each kind of reason, with the first names it holds for.
+
+    Only tensors in `known` may be left over.
+    """
     misfits = [
         f"{name} {tuple(given[name].shape)} (network: {tuple(view.shape)})"
         for name, view in views.items()

@@ -5,6 +5,7 @@ form, or an invariance. Nothing is compared with numbers that the code itself on
 """
 
 import ast
+import hashlib
 import json
 import math
 import os
@@ -19,10 +20,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from timm.layers.cbam import CbamModule
 
 import data
@@ -68,7 +71,7 @@ def test_mtcp_imports_no_file_of_ours():
     tree = ast.parse((HERE / "mtcp.py").read_text())
     imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in imported} <= {"math", "dataclasses", "timm", "torch"}
+    assert {name.split(".")[0] for name in imported} <= {*sys.stdlib_module_names, "safetensors", "timm", "torch"}
 
 
 def test_cbam_is_timms():
@@ -494,6 +497,296 @@ def test_lps_reduces_over_ranks(tmp_path):
     assert torch.equal(*weights)
     raw = torch.tensor([5 / 2, 5 / 3])  # ℓ_a = (1 + 2 + 3) / 3 = 2 over both ranks' steps, ℓ_b = 3
     close(weights[0], raw / raw.mean())
+
+
+# ======================================================================================================================
+# mtcp.py: published weights
+# ======================================================================================================================
+
+# As small as a Mask2Former of Hugging Face's gets: it has 32 groups in its GroupNorms at every width.
+SMALL = replace(TOY, width=256, attention_heads=8)
+
+
+def needs_transformers():
+    """The library, or a skip where it is not installed. CI installs it."""
+    return pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def mask2former(tmp_path_factory):
+    """Hugging Face's own network with random weights, and the folder where its save_pretrained has put it."""
+    hf = needs_transformers()
+    swin = hf.SwinConfig(
+        embed_dim=32, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], window_size=7,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = hf.Mask2FormerConfig(
+        backbone_config=swin, encoder_layers=2, encoder_feedforward_dim=128, dim_feedforward=128, num_queries=16,
+        decoder_layers=4,  # one more than there are: Hugging Face counts the prediction before the first layer
+        num_labels=5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = hf.Mask2FormerForUniversalSegmentation(config).eval()
+    with torch.no_grad():
+        for p in network.parameters():  # no tensor may be one that its initialisation would give it anyway
+            p.add_(0.05 * torch.randn_like(p))
+    folder = tmp_path_factory.mktemp("mask2former")
+    network.save_pretrained(folder)
+    return network, folder
+
+
+def save_as(layout: str, network, folder: Path, out: Path) -> Path:
+    """The same checkpoint in another of the layouts that are in circulation."""
+    if layout == "safetensors":
+        return folder / "model.safetensors"
+    if layout == "sharded":
+        network.save_pretrained(out, max_shard_size="2MB")
+        assert len(list(out.glob("*.safetensors"))) > 3
+    else:
+        state = load_file(folder / "model.safetensors")
+        index = torch.zeros(49, 49, dtype=torch.int64)  # older files also hold this constant
+        state[f"{mtcp.ENC}.encoder.layers.0.blocks.0.attention.self.relative_position_index"] = index
+        torch.save(state, out / "pytorch_model.bin")
+    return out
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "sharded", "bin"])
+def test_P_and_M_are_hugging_faces(mask2former, tmp_path, layout):
+    network, folder = mask2former
+    ours = MTCP(NYUD, SMALL).eval()
+    record = mtcp.load_mask2former(ours, save_as(layout, network, folder, tmp_path))
+    assert record["tensors"] == len(load_file(folder / "model.safetensors")) - 5  # see MASK2FORMER_LEFTOVERS
+    # 72 x 100: divided neither by 32 nor, on any level, by the window
+    for size in [(64, 96), (72, 100)] if layout == "safetensors" else [(72, 100)]:
+        x = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            P, M = ours.shared(x)
+            theirs = network(x)
+        assert P.std() > 0.1 and M.std() > 0.1
+        close(P, theirs.pixel_decoder_last_hidden_state, 1e-4)
+        close(M, theirs.masks_queries_logits, 1e-4)
+
+
+def test_each_tensor_deleted_or_renamed_is_named(mask2former, monkeypatch):
+    _, folder = mask2former
+    given, _ = mtcp.read_weights(folder)
+    ours = MTCP(NYUD[:1], SMALL)
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    needed = [k for k in given if not re.fullmatch(mtcp.MASK2FORMER_LEFTOVERS, k)]
+    assert len(needed) > 230 and set(given) - set(needed) == {
+        "class_predictor.weight", "class_predictor.bias", "criterion.empty_weight",
+        f"{mtcp.ENC}.swin.layernorm.weight", f"{mtcp.ENC}.swin.layernorm.bias",
+    }  # fmt: skip
+
+    def complaint(tensors: dict) -> str:
+        monkeypatch.setattr(mtcp, "read_weights", lambda path: (tensors, {}))
+        with pytest.raises(mtcp.WeightsError) as error:
+            mtcp.load_mask2former(ours, "file")
+        return str(error.value)
+
+    for name in needed:
+        without = {k: v for k, v in given.items() if k != name}
+        assert name in complaint(without)
+        said = complaint({**without, name + "_": given[name]})
+        assert f"missing in the file: {name}" in said and f"not in the network: {name}_" in said
+    assert "extra" in complaint({**given, "extra": torch.zeros(1)})
+    assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())  # nothing was half loaded
+
+
+def mask2former_tensors(cfg: mtcp.MTCPConfig) -> dict:
+    """A Mask2Former of these sizes by Hugging Face's names, by our own table; meta tensors take no memory."""
+    with torch.device("meta"):
+        state = MTCP(NYUD[:1], cfg).state_dict()
+    own = {k: v for k, v in state.items() if mtcp.mask2former_names(k)}
+    return mtcp._views(own, {k: mtcp.mask2former_names(k) for k in own})
+
+
+@pytest.mark.parametrize("name", list(mtcp.SWINS.values()))
+def test_other_sizes_are_told_with_the_flags_that_fit(name, monkeypatch):
+    tensors = mask2former_tensors(replace(PRESETS["paper"], backbone=name, queries=200))
+    monkeypatch.setattr(mtcp, "read_weights", lambda path: (tensors, {}))
+    with pytest.raises(mtcp.WeightsError) as error:
+        mtcp.load_mask2former(MTCP(NYUD[:1], TOY), "file")
+    assert f"fits --preset paper --backbone {name} --queries 200" in str(error.value)
+    assert "width 256 (network: 32)" in str(error.value) and "queries 200 (network: 16)" in str(error.value)
+
+
+def test_what_no_preset_fits_and_what_is_no_mask2former(monkeypatch):
+    tensors = mask2former_tensors(SMALL)
+    monkeypatch.setattr(mtcp, "read_weights", lambda path: (tensors, {}))
+    with pytest.raises(mtcp.WeightsError, match="no preset fits"):
+        mtcp.load_mask2former(MTCP(NYUD[:1], TOY), "file")
+    vit = replace(TOY, backbone="vit_tiny_patch16_224", backbone_args={})
+    with pytest.raises(mtcp.WeightsError, match="Swin backbone, and vit_tiny_patch16_224 is none"):
+        mtcp.load_mask2former(MTCP(NYUD[:1], vit), "file")
+    monkeypatch.setattr(mtcp, "read_weights", lambda path: ({"conv1.weight": torch.zeros(1)}, {}))
+    with pytest.raises(mtcp.WeightsError, match="holds no Mask2Former .* conv1.weight"):
+        mtcp.load_mask2former(MTCP(NYUD[:1], TOY), "file")
+
+
+def test_files_of_weights_that_cannot_be_read_are_named(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "boom",))
+
+    torch.save({"model": Bomb()}, tmp_path / "evil.pth")
+    torch.save({"model": {"epoch": 3}}, tmp_path / "numbers.pth")
+    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    (tmp_path / "no.index.json").write_text("{}")
+    for name, weight_map in (("climbs", {"a": "../a.safetensors"}), ("lacks", {"a": "shard.safetensors"})):
+        (tmp_path / f"{name}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for name, said in {
+        "evil.pth": "evil.pth cannot be read", "numbers.pth": "something else than tensors",
+        "pointer.safetensors": "pointer.safetensors cannot be read; was it downloaded to the end",
+        "no.index.json": "no index of a checkpoint", "climbs.index.json": "outside its own folder",
+        "lacks.index.json": "shard.safetensors not found", "nowhere": "nowhere not found", ".": "model.safetensors not",
+    }.items():  # fmt: skip
+        with pytest.raises(mtcp.WeightsError, match=said):
+            mtcp.read_weights(tmp_path / name)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_sha256_is_that_of_the_file(tmp_path):
+    torch.save({"state_dict": {"a": torch.arange(3)}}, tmp_path / "a.pth")
+    tensors, files = mtcp.read_weights(tmp_path / "a.pth")
+    assert files == {"a.pth": hashlib.sha256((tmp_path / "a.pth").read_bytes()).hexdigest()}
+    assert tensors["a"].tolist() == [0, 1, 2]
+
+
+SWIN = {"embed_dim": 32, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)}
+
+
+@pytest.mark.parametrize(
+    "name,args",
+    [
+        ("swin_tiny_patch4_window7_224", SWIN),
+        ("convnext_atto", {}),
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("vit_small_patch14_reg4_dinov2", {"depth": 3}),
+        ("vit_small_patch16_dinov3", {"depth": 3}),
+    ],
+)
+def test_backbone_weights_of_timm_give_timms_features(name, args, tmp_path):
+    """Features before our LayerNorm equal those of timm's own features_only network with the same file's weights."""
+    torch.manual_seed(0)
+    side = timm.get_pretrained_cfg(name).input_size[-1]
+    classifier = timm.create_model(name, **args)
+    torch.save(classifier.state_dict(), tmp_path / "weights.pth")
+    theirs = timm.create_model(
+        name,
+        features_only=True,
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(tmp_path / "weights.pth")},
+        **args,
+    ).eval()
+    ours = mtcp.Backbone(name, **args).eval()
+    record = mtcp.load_backbone(ours, tmp_path / "weights.pth")
+    assert record["tensors"] == len(ours.net.state_dict())
+    assert all(k.startswith(("norm.", "head")) for k in record["not used"])
+    ours.norms = nn.ModuleList(nn.Identity() for _ in range(4))
+    stride = ours.patch or 32
+    x = torch.randn(1, 3, side // stride * (16 if ours.patch else 32), side // stride * (16 if ours.patch else 32))
+    with torch.no_grad():
+        maps, expected = ours(x), theirs(mtcp.resize(x, (side, side)))
+    if ours.patch is not None:  # of the four maps the pyramid makes, that at stride 16 is the ViT's own
+        close(maps[2], expected[-1], 1e-4)
+    else:
+        for m, e in zip(maps, expected, strict=True):
+            close(m, e.permute(0, 3, 1, 2) if "swin" in name else e, 1e-4)
+
+
+def test_backbone_weights_of_the_original_swin(tmp_path):
+    """The authors' files merge patches at the end of a stage, timm at the start of the next; and hold two constants."""
+    torch.manual_seed(0)
+    reference = mtcp.Backbone("swin_tiny_patch4_window7_224", **SWIN)
+    original = {}
+    for k, v in reference.net.state_dict().items():
+        k = k.replace("layers_", "layers.")
+        original[re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", k)] = v
+    original |= {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49), "norm.weight": torch.ones(256)}
+    original |= {"norm.bias": torch.ones(256), "head.weight": torch.ones(21841, 256), "head.bias": torch.ones(21841)}
+    torch.save({"model": original}, tmp_path / "swin.pth")
+    ours = mtcp.Backbone("swin_tiny_patch4_window7_224", **SWIN)
+    mtcp.load_backbone(ours, tmp_path / "swin.pth")
+    assert all(torch.equal(v, reference.net.state_dict()[k]) for k, v in ours.net.state_dict().items())
+
+    def complaint(tensors: dict, **changes) -> str:
+        torch.save(tensors, tmp_path / "other.pth")
+        with pytest.raises(mtcp.WeightsError) as error:
+            mtcp.load_backbone(
+                mtcp.Backbone("swin_tiny_patch4_window7_224", **{**SWIN, **changes}), tmp_path / "other.pth"
+            )
+        return str(error.value)
+
+    gone = {k: v for k, v in original.items() if k != "layers.2.blocks.1.mlp.fc1.bias"}
+    assert "missing in the file: layers.2.blocks.1.mlp.fc1.bias" in complaint(gone)
+    assert "not in the network: surprise" in complaint({**original, "surprise": torch.ones(1)})
+    assert "another window or image size: layers.0.blocks.0.attn.rel" in complaint(original, window_size=12)
+    assert "another shape: patch_embed.proj.weight (32, 3, 4, 4)" in complaint(original, embed_dim=48)
+
+
+def test_swin_block_against_dense_attention():
+    """A shifted block of window 7 on a 10 x 16 map, as attention among all places with a mask and position biases."""
+    torch.manual_seed(0)
+    C, heads, (H, W), (h, w) = 8, 2, (10, 16), (14, 21)
+    stage = mtcp.TaskDecoder(replace(TOY, width=C, task_depths=(2, 1, 1))).eval().stages[0]
+    block = stage.blocks[1]
+    nn.init.normal_(block.attn.relative_position_bias_table)
+    x = torch.randn(1, H, W, C)
+    # Padded first, then cut by a grid shifted by 3; the padding is seen, as zeros.
+    tokens = F.pad(block.norm1(x), (0, 0, 0, w - W, 0, h - H)).reshape(h * w, C)
+    place = torch.cartesian_prod(torch.arange(h), torch.arange(w))
+    cell = torch.div(place - 3, 7, rounding_mode="floor")
+    together = (cell[:, None] == cell[None]).all(dim=-1)
+    apart = (place[:, None] - place[None] + 6).clamp(0, 12)
+    bias = block.attn.relative_position_bias_table[apart[..., 0] * 13 + apart[..., 1]]  # (places,places,heads)
+    q, k, v = block.attn.qkv(tokens).reshape(-1, 3, heads, C // heads).permute(1, 2, 0, 3)
+    logits = q @ k.mT / math.sqrt(C // heads) + bias.permute(2, 0, 1)
+    y = logits.masked_fill(~together, -math.inf).softmax(dim=-1) @ v
+    y = block.attn.proj(y.transpose(0, 1).reshape(1, h, w, C))[:, :H, :W]
+    with torch.no_grad():
+        close(block._attn(block.norm1(x)), y)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["deit_tiny_distilled_patch16_224", "vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2",
+     "vit_small_patch16_dinov3"],
+)  # fmt: skip
+def test_plain_vits_at_480_by_640(name):
+    """The map at stride 16 is the patch tokens in their places: no class or register tokens, positions resized."""
+    torch.manual_seed(0)
+    backbone = mtcp.Backbone(name, depth=3).eval()
+    whole = timm.create_model(name, depth=3, dynamic_img_size=True, num_classes=0).eval()
+    whole.load_state_dict({k.removeprefix("model."): v for k, v in backbone.net.state_dict().items()}, strict=False)
+    whole.norm = nn.Identity()  # features_only leaves the last norm out
+    backbone.norms[2] = nn.Identity()
+    x = torch.randn(1, 3, 480, 640)
+    patch = 14 if "14" in name else 16
+    with torch.no_grad():
+        maps = backbone(x)
+        tokens = whole.forward_features(mtcp.resize(x, (30 * patch, 40 * patch)))
+    assert [tuple(m.shape[-2:]) for m in maps] == [(120, 160), (60, 80), (30, 40), (15, 20)]
+    assert whole.num_prefix_tokens >= 1 and tokens.shape[1] == whole.num_prefix_tokens + 1200
+    close(maps[2], tokens[:, whole.num_prefix_tokens :].mT.reshape(maps[2].shape), 1e-4)
+    if name != "vit_small_patch16_dinov3":  # its rotary positions are relative: all places of a uniform image are alike
+        with torch.no_grad():
+            flat = backbone(torch.zeros(1, 3, 480, 640))[2]
+        assert flat.std(dim=(2, 3)).mean() > 1e-3
+
+
+def test_a_window_that_divides_nothing_at_480_by_640():
+    args = {"embed_dim": 24, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)}
+    backbone = mtcp.Backbone("swin_large_patch4_window12_384", **args).eval()
+    with torch.no_grad():
+        maps = backbone(torch.randn(1, 3, 480, 640))
+    assert [tuple(m.shape[1:]) for m in maps] == [(24, 120, 160), (48, 60, 80), (96, 30, 40), (192, 15, 20)]
+    assert backbone.net.layers_2.blocks[1].shift_size == (6, 6)  # not lost, as in timm without always_partition
+
+
+def test_backbones_of_one_image_size_are_refused():
+    with pytest.raises(ValueError, match="hiera_tiny_224 takes images of one size only"):
+        mtcp.Backbone("hiera_tiny_224")
 
 
 # ======================================================================================================================
@@ -1241,11 +1534,56 @@ def test_a_tiny_run_overfits_four_images(rooms):
     assert metrics["pixel_acc"] > 90 and metrics["rmse"] < 0.35 and metrics["mean"] < 15, metrics
 
 
+def test_a_run_says_what_it_started_from(rooms, tmp_path, capsys, monkeypatch):
+    torch.manual_seed(3)
+    cfg = PRESETS["toy"]
+    donor = MTCP(NYUD, cfg)
+    own = {k: v for k, v in donor.state_dict().items() if mtcp.mask2former_names(k)}
+    file = tmp_path / "model.safetensors"
+    views = mtcp._views(own, {k: mtcp.mask2former_names(k) for k in own})
+    save_file({k: v.contiguous() for k, v in views.items()}, file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+
+    model = train.make_model(train.parse_args(["--root", str(rooms), "--mask2former", str(file)]))
+    train.load_start(train.parse_args(["--root", str(rooms), "--mask2former", str(file)]), model)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in own.items()) and len(own) > 150
+
+    run(rooms, tmp_path / "a", "--epochs", "1", "--mask2former", str(file))
+    first = capsys.readouterr().out.splitlines()[0]
+    assert all(part in first for part in (str(file), digest[:12], f"{len(views)} tensors", "query_decoder"))
+    start = json.loads((tmp_path / "a/config.json").read_text())["start"]
+    assert start["sha256"] == {"model.safetensors": digest} and start["tensors"] == len(views)
+
+    asked = []
+    torch.save(timm.create_model(cfg.backbone, **cfg.backbone_args).state_dict(), tmp_path / "swin.pth")
+    monkeypatch.setattr(train, "hf_hub_download", lambda *a: asked.append(a) or str(tmp_path / "swin.pth"))
+    for flags in (["--pretrained"], ["--backbone-weights", str(tmp_path / "swin.pth")]):
+        args = train.parse_args(["--root", str(rooms), *flags])
+        record = train.load_start(args, train.make_model(args))
+        assert record["from"] == str(tmp_path / "swin.pth") and record["into"] == "backbone"
+    assert asked == [("timm/swin_tiny_patch4_window7_224.ms_in1k", "model.safetensors")]
+    run(rooms, tmp_path / "b", "--epochs", "1")
+    assert capsys.readouterr().out.splitlines()[0].endswith("b: starts from random weights")
+
+
+def test_other_backbone_and_queries_survive_a_checkpoint(rooms, tmp_path):
+    flags = ["--backbone", "convnext_atto", "--queries", "5", "--tasks", "depth"]
+    run(rooms, tmp_path / "a", "--epochs", "1", *flags)
+    args = ["--root", str(rooms), "--eval", str(tmp_path / "a/best.pt"), "--workers", "0", "--device", "cpu"]
+    model = train.model_from(train.load_checkpoint(tmp_path / "a/best.pt"), tmp_path / "a/best.pt")
+    assert model.cfg.backbone == "convnext_atto" and len(model.query_decoder.query_features.weight) == 5
+    assert math.isfinite(train.evaluate_checkpoint(train.parse_args(args))["test"]["depth"]["rmse"])
+
+
 @pytest.mark.parametrize(
     "flags,said",
     [
         (["--dataset", "nyud"], "needs --root"),
-        (["--dataset", "nyud", "--root", "nowhere"], "gt_sets"),
+        (["--dataset", "nyud", "--root", "nowhere", "--from-scratch"], "gt_sets"),
+        (["--dataset", "nyud", "--root", "nowhere"], "--from-scratch"),
+        (["--preset", "vit"], "--backbone-weights FILE"),
+        (["--backbone", "swim_tiny"], "no model of timm"),
+        (["--queries", "0"], "positive"),
         (["--tasks", "edges"], "semseg depth normals"),
         (["--epochs", "0"], "positive"),
         (["--eval", "nowhere.pt"], "nowhere.pt not found"),
@@ -1263,7 +1601,7 @@ def test_bad_input_gets_one_sentence_and_status_2(tmp_path, monkeypatch, capsys,
 
 
 def test_the_script_reports_status_2_without_a_traceback(tmp_path):
-    command = [sys.executable, HERE / "train.py", "--dataset", "nyud", "--root", "nowhere"]
+    command = [sys.executable, HERE / "train.py", "--dataset", "nyud", "--root", "nowhere", "--from-scratch"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "nowhere/gt_sets/train.txt not found" in done.stderr
     assert "Traceback" not in done.stderr and "images/STEM.jpg" in done.stderr
