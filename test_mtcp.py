@@ -1624,3 +1624,20 @@ def test_an_unmatched_tensor_is_an_error_that_names_it(rooms, tmp_path):
     del state["pixel_decoder.to_P.bias"]
     with pytest.raises(data.DataError, match="pixel_decoder.to_P.bias"):
         train.model_from({"args": train.plain_args(args), "model": state}, tmp_path / "x.pt")
+
+
+# ======================================================================================================================
+# notebooks
+# ======================================================================================================================
+
+
+def test_notebooks_are_committed_as_they_ran():
+    """Run from top to bottom, without an error, and small. CI executes them; this is what can be said in no time."""
+    files = sorted((HERE / "notebooks").glob("*.ipynb"))
+    assert [f.name[:2] for f in files] == ["01", "02", "03", "04", "05", "06"]
+    for file in files:
+        cells = [c for c in json.loads(file.read_text())["cells"] if c["cell_type"] == "code"]
+        assert [c["execution_count"] for c in cells] == list(range(1, len(cells) + 1)), file.name
+        assert all(o["output_type"] != "error" for c in cells for o in c["outputs"]), file.name
+        assert any("image/png" in o.get("data", {}) for c in cells for o in c["outputs"]), file.name
+    assert sum(f.stat().st_size for f in files) <= 8e6
