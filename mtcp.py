@@ -388,7 +388,8 @@ class QueryDecoder(nn.Module):
     def attention_mask(self, masks: Tensor) -> Tensor:
         """Mask logits (B,N,h,w) → bool (B·heads,N,h·w), True where a query must NOT look."""
         hidden = (masks < 0).flatten(2)  # σ(m) < 0.5  ⇔  m < 0; a comparison, so no gradient passes
-        # A query that predicts an empty mask would attend to nothing, and softmax over nothing is NaN: open that row.
+        # A query that predicts an empty mask would attend to nothing: a softmax over nothing, which is NaN or, in newer
+        # versions of torch, zero. Open that row instead.
         hidden = hidden & ~hidden.all(dim=-1, keepdim=True)
         return hidden.repeat_interleave(self.heads, dim=0)  # image 0 head 0, image 0 head 1, …
 
@@ -432,7 +433,8 @@ def shared_representation(P: Tensor, M: Tensor) -> Tensor:
     """P (B,C,h,w), M (B,N,h,w) → R (B,C,h,w): the embedding of each pixel, times all queries' summed logits for it.
 
     As every M_n is a dot product e_n · P, so is their sum: R = P ⊙ ((Σ_n e_n) · P). Single masks act inside the query
-    decoder only, by steering its attention.
+    decoder only, by steering its attention; and all e_n receive the same gradient, so that nothing in the task losses
+    makes queries different. What they know of single objects has to come from a Mask2Former's weights.
 
     DEPARTURE: R is divided by its root mean square, one number per image. Σ_n M_n adds N logits: around 0 at
     initialisation, but far below 0 in a trained Mask2Former (which the paper starts from), where most masks say "not
