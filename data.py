@@ -448,7 +448,9 @@ def zoom(sample: dict, scale: float) -> dict:
     """Enlarge by `scale` ≥ 1 about the centre, at constant size. Depth is divided by the scale.
 
     To see everything `scale` times as large, the camera has to come `scale` times as close. Without the division the
-    network would be shown that apparent size says nothing about depth. Normals stay: coming closer turns no surface.
+    network would be shown that apparent size says nothing about depth. That is the literature's rule and an approximation:
+    who comes closer loses the same metres everywhere, while a division squashes the scene along the line of sight. Normals
+    stay as they are, and are a few degrees off the squashed depth (notebooks/01_tasks_and_data.ipynb measures it).
     """
     H, W = sample["image"].shape[-2:]
     h, w = round(H * scale), round(W * scale)
@@ -586,7 +588,8 @@ def picture(key: str, x: Tensor) -> np.ndarray:
         valid = np.linalg.norm(a, axis=0)[..., None] > 0.5
         return np.where(valid, (a.transpose(1, 2, 0) + 1) * 127.5, 255).astype(np.uint8)
     if key == "sal":
-        return np.repeat((a[0] * 255).astype(np.uint8)[..., None], 3, axis=2)
+        # min: IGNORE_INDEX · 255 does not fit in a byte and would come out black
+        return np.repeat(np.minimum(a[0] * 255, 255).astype(np.uint8)[..., None], 3, axis=2)
     return palette()[a]
 
 

@@ -1122,6 +1122,13 @@ def test_rotation_ignores_what_comes_from_outside():
     close(data.rotate(sample, 0.0, scale=2.0)["depth"][0, 6, 8], sample["depth"][0, 6, 8] / 2)
 
 
+def test_pictures_show_what_is_ignored_in_white():
+    assert data.picture("sal", torch.tensor([[[0.0, 1.0, IGNORE_INDEX]]])).tolist() == [[[0] * 3, [255] * 3, [255] * 3]]
+    assert data.picture("semseg", torch.tensor([[IGNORE_INDEX]])).tolist() == [[[255] * 3]]
+    assert data.picture("depth", torch.zeros(1, 1, 1)).tolist() == [[[255] * 3]]
+    assert data.picture("normals", torch.zeros(3, 1, 1)).tolist() == [[[255] * 3]]
+
+
 def test_resize_invents_no_label():
     sample = a_sample()
     sample["depth"][:, ::2] = 0
