@@ -448,9 +448,9 @@ def zoom(sample: dict, scale: float) -> dict:
     """Enlarge by `scale` ≥ 1 about the centre, at constant size. Depth is divided by the scale.
 
     To see everything `scale` times as large, the camera has to come `scale` times as close. Without the division the
-    network would be shown that apparent size says nothing about depth. That is the literature's rule and an approximation:
-    who comes closer loses the same metres everywhere, while a division squashes the scene along the line of sight. Normals
-    stay as they are, and are a few degrees off the squashed depth (notebooks/01_tasks_and_data.ipynb measures it).
+    network would be shown that apparent size says nothing about depth. That is the literature's rule, and an
+    approximation: who comes closer loses the same metres everywhere, while a division squashes the scene along the line
+    of sight. Normals stay as they are, a few degrees off the squashed depth; notebooks/01_tasks_and_data.ipynb has it.
     """
     H, W = sample["image"].shape[-2:]
     h, w = round(H * scale), round(W * scale)
