@@ -830,6 +830,9 @@ class LPS(nn.Module):
     then the guards of `floor_and_rescale`. (They make the weights sum to T, so the factors that all tasks share cancel:
     the first rule is w_t ∝ 1 / ℓ_t(0), and r_t may as well be each task's own ratio.)
 
+    Once losses settle, every r_t is 1 and so is every weight: priorities shape the way, the logarithm the end. And they
+    are a feedback loop: with a κ too large for how much one epoch changes, they swing for ever, noise or none.
+
     DEPARTURE: the release computes such weights, then overwrites the weighted sum by the plain one, with the logarithm
     commented out. It has no guards either: at κ = 7.5 a task whose r_t is 13.4 % below the mean gets a negative
     weight, and training would maximise its loss.
