@@ -434,7 +434,7 @@ def shared_representation(P: Tensor, M: Tensor) -> Tensor:
 
     As every M_n is a dot product e_n · P, so is their sum: R = P ⊙ ((Σ_n e_n) · P). Single masks act inside the query
     decoder only, by steering its attention; and all e_n receive the same gradient, so that nothing in the task losses
-    makes queries different. What they know of single objects has to come from a Mask2Former's weights.
+    asks queries to differ. What they know of single objects has to come from a Mask2Former's weights.
 
     DEPARTURE: R is divided by its root mean square, one number per image. Σ_n M_n adds N logits: around 0 at
     initialisation, but far below 0 in a trained Mask2Former (which the paper starts from), where most masks say "not

@@ -154,15 +154,7 @@ def fill_in(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argpar
         parser.error(
             f"--backbone {args.backbone} is no model of timm {timm.__version__}; timm.list_models() has them all"
         )
-    has_start = args.mask2former or args.pretrained or args.backbone_weights or args.from_scratch
-    if args.preset != "toy" and not (has_start or args.resume or args.eval):
-        parser.error(
-            f"preset {args.preset} from random weights reaches none of the published figures. Where shall it start?\n"
-            "  --mask2former PATH       a Mask2Former trained on ADE20K, as the paper does\n"
-            "  --pretrained             the weights timm publishes for the backbone\n"
-            "  --backbone-weights FILE  the same from a local file\n"
-            "  --from-scratch           random weights all the same"
-        )
+    require_start(args, parser)
     if not 0 <= args.holdout < 1:
         parser.error("--holdout is a share of the training split, at least 0 and less than 1")
     if args.resume and args.out is None:
@@ -175,6 +167,19 @@ def fill_in(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argpar
         )
     args.device = args.device or best_device()
     return args
+
+
+def require_start(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Stops a run that would begin from random weights without anybody having said so. The toy preset may."""
+    chosen = args.mask2former or args.pretrained or args.backbone_weights or args.from_scratch
+    if args.preset != "toy" and not (chosen or args.resume or args.eval):
+        parser.error(
+            f"preset {args.preset} from random weights reaches none of the published figures. Where shall it start?\n"
+            "  --mask2former PATH       a Mask2Former trained on ADE20K, as the paper does\n"
+            "  --pretrained             the weights timm publishes for the backbone\n"
+            "  --backbone-weights FILE  the same from a local file\n"
+            "  --from-scratch           random weights all the same"
+        )
 
 
 def best_device() -> str:
