@@ -782,20 +782,27 @@ def load_model(path: Path) -> MTCP:
     return model
 
 
-def table_row(first: str, *cells: str | float | None) -> str:
-    """A line of a table: numbers with three decimals, None as a dash."""
-    texts = ["–" if c is None else c if isinstance(c, str) else f"{c:.3f}" for c in cells]
-    return f"{first:26s}" + "".join(f" {text[:8]:>8s}" for text in texts)
+def table_row(first: str, *cells: str | float) -> str:
+    """A line of a table: numbers with three decimals."""
+    texts = [c[:8] if isinstance(c, str) else f"{c:.3f}" for c in cells]
+    return f"{first:26s}" + "".join(f" {text:>8s}" for text in texts)
 
 
 def results_table(tasks: tuple[Task, ...], report: dict) -> str:
     """All figures of the test split beside those of the trivial predictor, or of the truth."""
     lines = [table_row("test split", "model", "trivial")]
+    distances = []
     for t in tasks:
-        for metric, value in report["test"][t.name].items():
+        results = dict(report["test"][t.name])
+        if "cosine_before" in results:
+            pair = results.pop("cosine_before"), results.pop("cosine_after")
+            distances.append(table_row(t.name, *pair))
+        for metric, value in results.items():
             arrow = {1: " ↑", -1: " ↓"}[t.better] if metric == t.metric else ""
-            trivial = report["trivial"][t.name].get(metric)
+            trivial = report["trivial"][t.name][metric]
             lines.append(table_row(f"{t.name} {metric}{arrow}", value, trivial))
+    if distances:
+        lines += [table_row("cosine distance to others", "X_t", "X_hat_t"), *distances]
     coherence = report["test"].get("coherence", {})
     if coherence:
         lines.append(table_row("coherence", "model", "truth"))
