@@ -7,7 +7,7 @@ Whatever the archive, one sample is a dict of
     depth        float32 (1,H,W)   metres along the optical axis, 0 = invalid
     normals      float32 (3,H,W)   unit vectors, all-zero = invalid; x right, y forward, z up
     human_parts  int64   (H,W)     0 background, 1…6 part, 255 = ignore
-    sal          float32 (1,H,W)   0 or 1; 255 = ignore, where a rotation shows what is outside
+    sal          float32 (1,H,W)   0 or 1; 255 = ignore, outside the image after a rotation
     name         str               file stem
     size         int64   (2,)      original (H,W)
 
@@ -82,7 +82,7 @@ class DataError(Exception):
 # What a label is: one row of LABELS for each task
 # ==================================================================================================
 
-DEPTH_RANGE = (0.5, 7.0)  # metres, ends of the colour map, the same in all pictures to compare them
+DEPTH_RANGE = (0.5, 7.0)  # metres, ends of the colour map; fixed, so that pictures can be compared
 DEPTH_COLOURS = np.array(  # near to far: yellow, orange, magenta, violet, blue-black
     [[252, 253, 191], [254, 159, 109], [222, 73, 104], [140, 41, 129], [59, 15, 112], [10, 5, 40]]
 )
@@ -123,9 +123,9 @@ def grey_picture(label: Array) -> Array:
 def divide_depth(depth: Tensor, scale: float) -> Tensor:
     """To see everything `scale` times as large, the camera comes `scale` times as close.
 
-    The rule of the literature, and an approximation: who comes closer loses the same metres
-    everywhere. A division squashes the scene along the line of sight, so that normals, which stay,
-    are a few degrees off. Notebook 01 shows it.
+    The rule of the literature, and an approximation: a camera that really came closer would lose
+    the same number of metres at every pixel. The division squashes the scene along the line of
+    sight, and normals, which are left as they are, are a few degrees off. Notebook 01 shows it.
     """
     return depth / scale
 
@@ -184,7 +184,10 @@ def picture(key: str, x: Tensor) -> Array:
 def contact_sheet(titles: list[str], rows: list[list[Array]], height=192) -> Image.Image:
     """Rows of uint8 pictures (H,W,3), each brought to `height`, under their column titles."""
     rows = [[Image.fromarray(p) for p in row] for row in rows]
-    rows = [[p.resize((p.width * height // p.height, height), 0) for p in row] for row in rows]
+    rows = [
+        [p.resize((p.width * height // p.height, height), Image.NEAREST) for p in row]
+        for row in rows
+    ]
     widths = [max(row[c].width for row in rows) + 4 for c in range(len(titles))]
     sheet = Image.new("RGB", (sum(widths), 24 + len(rows) * (height + 4)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -229,7 +232,7 @@ def read_array(path: Path, ndim: int) -> Array:
 
 
 def read_nyud_semseg(path: Path) -> Array:
-    """0 = unlabelled, 1…40 on disk → int64 (H,W), 255 = ignore, 0…39."""
+    """On disk 0 = unlabelled, 1…40 → int64 (H,W) with 0…39, 255 = ignore."""
     label = read_pixels(path, "L").astype(np.int64)
     if label.max() > len(NYUD_CLASSES):
         raise DataError(f"{path} holds class {label.max()}: NYUD-v2 has 1…40, and 0 for unlabelled")
@@ -300,10 +303,11 @@ def read_human_parts(path: Path, size: tuple[int, int]) -> Array:
 
     Dogs have a "head" and a "torso" too: only the class index tells whose part it is. Without a
     single annotated person the whole image is ignored, since nobody has said where there are no
-    people. Beside an annotated person, one without parts is background.
+    people. If only some people have parts, the others count as background.
     """
     objects = read_part_objects(path)
-    sizes = {mask.shape for _, whole, parts in objects for mask in (whole, *(m for _, m in parts))}
+    masks = [m for _, whole, parts in objects for m in [whole] + [mask for _, mask in parts]]
+    sizes = {m.shape for m in masks}
     if sizes - {size}:
         raise DataError(f"{path} has masks of {sorted(sizes)} pixels, its image is {size}")
     human = [part for index, _, parts in objects if index == PERSON for part in parts]
@@ -342,7 +346,7 @@ class DenseDataset(Dataset):
     classes: dict[str, tuple[str, ...]]  # task → class names, for `check`
     one_size: bool  # do all images have the same size?
     help: str  # what is expected below {root}
-    unsupported: dict[str, str] = {}  # path with {} for a stem → what it means to find this file
+    unsupported: dict[str, str] = {}  # path with {} for a stem → what to say if this file exists
 
     def __init__(
         self, root, split, tasks=None, transform=None, stems=None, seed=0, complete=True
@@ -383,17 +387,16 @@ class DenseDataset(Dataset):
                 raise DataError(f"{self.root} {said}")
         present = {}
         for name, files in self.layouts.items():
-            self.layout = name  # for self.path
-            paths = [self.path(key, stem) for key in files for stem in self.stems]
+            paths = [self.path(key, stem, name) for key in files for stem in self.stems]
             present[name] = sum(p.is_file() for p in paths)
         best = max(present, key=present.get)
         if not present[best]:
             raise DataError(f"no images in {self.root}; {self.help.format(root=self.root)}")
         return best
 
-    def path(self, key: str, stem: str) -> Path:
+    def path(self, key: str, stem: str, layout: str | None = None) -> Path:
         """The file of "image" or a task."""
-        *first, last = self.layouts[self.layout][key].split(" | ")
+        *first, last = self.layouts[layout or self.layout][key].split(" | ")
         paths = [self.root / pattern.format(stem) for pattern in first]
         return next((p for p in paths if p.is_file()), self.root / last.format(stem))
 
@@ -439,7 +442,7 @@ class DenseDataset(Dataset):
 
 
 class NYUD(DenseDataset):
-    """NYUD-v2, or rendered rooms. Which of the two archives it is, is seen from the files."""
+    """NYUD-v2, or rendered rooms. The code recognises the two archives by their files."""
 
     lists = "gt_sets/{}.txt"
     layouts = {
@@ -471,8 +474,8 @@ README.md, section "Real data", says where the two archives are described."""
     def intrinsics(self) -> tuple[float, float, float, float]:
         height, width, _ = read_pixels(self.path("image", self.stems[0]), "RGB").shape
         if self.layout == "NYUDv2":
-            # Not another resolution but a cut-out. By its size it starts at row 45, column 40; this
-            # has not been verified on a real file.
+            # A crop, not another resolution. Its size suggests that it starts at row 45, column 40;
+            # not verified on a real file.
             fx, fy, cx, cy = nyu_intrinsics(480, 640)
             return fx, fy, cx - 40, cy - 45
         return nyu_intrinsics(height, width)
@@ -553,8 +556,7 @@ def hold_out(stems: list[str], share: float) -> tuple[list[str], list[str]]:
     """
     n = max(1, round(len(stems) * share))
     if n == len(stems):
-        raise DataError("a training split of one image is too small: it takes one to train on, one "
-                        "to choose the epoch by")  # fmt: skip
+        raise DataError("a training split of one image is too small: one chooses the best epoch")
     return stems[:-n], stems[-n:]
 
 
@@ -604,20 +606,18 @@ def resize(sample: dict, size: tuple[int, int]) -> dict:
     return each(resize_image(sample, size), unchanged, label)
 
 
-def crop(sample: dict, top: int, left: int, height: int, width: int) -> dict:
-    def cut(x: Tensor) -> Tensor:
-        return x[..., top : top + height, left : left + width]
-
-    return each(sample, cut, lambda row, x: cut(x))
-
-
 def zoom(sample: dict, scale: float) -> dict:
     """Enlarge by `scale` ≥ 1 about the centre, at constant size. Depth: see `divide_depth`."""
     H, W = sample["image"].shape[-2:]
     h = round(H * scale)
     w = round(W * scale)
-    sample = crop(resize(sample, (h, w)), (h - H) // 2, (w - W) // 2, H, W)
-    return each(sample, unchanged, lambda row, x: row.zoomed(x, scale))
+    top = (h - H) // 2
+    left = (w - W) // 2
+
+    def cut(x: Tensor) -> Tensor:
+        return x[..., top : top + H, left : left + W]
+
+    return each(resize(sample, (h, w)), cut, lambda row, x: row.zoomed(cut(x), scale))
 
 
 def flip(sample: dict) -> dict:
@@ -628,7 +628,7 @@ def flip(sample: dict) -> dict:
 def rotate(sample: dict, degrees: float, scale: float = 1.0) -> dict:
     """Turn anticlockwise and enlarge by `scale` about the centre, at constant size.
 
-    What comes from outside the image is ignored. See `divide_depth` and `turn_normals`.
+    Pixels from outside the image get the label `outside`. See `divide_depth` and `turn_normals`.
     """
     H, W = sample["image"].shape[-2:]
     cos = math.cos(math.radians(degrees))
@@ -650,7 +650,7 @@ def rotate(sample: dict, degrees: float, scale: float = 1.0) -> dict:
 
 
 def colour_jitter(sample: dict, brightness: float, contrast: float, saturation: float) -> dict:
-    """Factors about 1: a product, a stretch about the mean, a stretch about the grey."""
+    """Brightness multiplies, contrast stretches about the mean, saturation about the grey."""
     image = sample["image"] * brightness
     image = image.mean() + contrast * (image - image.mean())
     grey = image.mean(dim=0, keepdim=True)
@@ -662,10 +662,11 @@ def normalise(sample: dict) -> dict:
 
 
 def augment(sample: dict, rng, scales: tuple, degrees: float, jitter: float, size) -> dict:
-    """The training transform: zoom or rotate, flip half of the time, jitter colours, resize.
+    """The training transform.
 
-    Zooms by one of `scales`. If `degrees` > 0, rotates by up to that many instead, and scales by
-    anything between the first and the last of `scales`. `size` (H,W), or None: as it is.
+    degrees = 0: zooms by one of `scales`. Otherwise rotates by up to ±degrees, and scales by
+    anything from the first to the last of them. Then flips half of the time, jitters colours, and
+    resizes to `size` (H,W) unless that is None.
     """
     if degrees > 0:
         sample = rotate(sample, rng.uniform(-degrees, degrees), rng.uniform(scales[0], scales[-1]))
@@ -1452,8 +1453,9 @@ def render_set(name: str, out: Path, train=800, val=200, size=(96, 128), seed=0)
 
 def ensure_set(name: str, out: Path) -> None:
     """A whole set of scenes in `out`: the one there, finished if need be, or the default set."""
-    found = read_marker(out) or {}
-    render_set(name, out, **{k: found[k] for k in ("train", "val", "size", "seed") if found})
+    found = read_marker(out)
+    keys = ("train", "val", "size", "seed") if found else ()
+    render_set(name, out, **{key: found[key] for key in keys})
 
 
 def read_marker(out: Path) -> dict | None:

@@ -27,16 +27,16 @@ Two ideas carry the method. *Coherence*: the tasks describe one scene. Where the
 two pixels alike, a task should too. *Prioritisation*: the losses are compressed to a common scale,
 and tasks that fall behind get more weight.
 
-The parts MT-CP is built from, cited where they are used:
+Papers cited below:
   [Mask2Former] Cheng et al. 2022, arXiv 2112.01527  [DefDETR] Zhu et al. 2021, arXiv 2010.04159
   [Swin] Liu et al. 2021, arXiv 2103.14030           [SwinV2] Liu et al. 2022, arXiv 2111.09883
   [CBAM] Woo et al. 2018, arXiv 1807.06521           [FPN] Lin et al. 2017, arXiv 1612.03144
   [ViTDet] Li et al. 2022, arXiv 2203.16527          [PVT] Wang et al. 2021, arXiv 2102.12122
   [Kendall] Kendall et al. 2018, arXiv 1705.07115    [DWA] Liu et al. 2019, arXiv 1803.10704
 
-Where this file departs from the paper or from the authors' released code, a comment with the number
-of the departure, D1 to D12, says so. README.md has them in one table. [release: FILE#L12] is a line
-of the authors' code at https://github.com/Klodivio355/MT-CP/blob/08c068e/
+Where this file departs from the paper or from the authors' released code, a comment carries the
+number of the departure: D1 to D12 here, D13 to D15 in train.py. README.md has them in one table.
+[release: FILE#L12] is a line of https://github.com/Klodivio355/MT-CP/blob/08c068e/
 """
 
 import math
@@ -45,7 +45,7 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import timm
@@ -141,7 +141,7 @@ def resize(x: Tensor, size: Iterable[int]) -> Tensor:
 
 
 def to_sequence(maps: list[Tensor]) -> Tensor:
-    """[(B,C,h_l,w_l), …] → (B,S,C), S = Σ_l h_l·w_l: the pixels of one map after the other's."""
+    """[(B,C,h_l,w_l), …] → (B,S,C), S = Σ h_l·w_l: all pixels of one map, then of the next."""
     return torch.cat([m.flatten(2) for m in maps], dim=2).transpose(1, 2)
 
 
@@ -361,7 +361,7 @@ class DeformableAttention(nn.Module):
         """Head k looks in direction 2πk/heads, its points 1, 2, 3, … pixels away, equal weights."""
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)  # (heads,2)
-        direction = direction / direction.abs().amax(dim=-1, keepdim=True)  # on the square ±1
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)  # longer component ±1
         distance = torch.arange(1, self.points + 1)
         bias = direction[:, None, None, :] * distance[None, None, :, None]  # (heads,1,points,2)
         self.offsets.bias.copy_(bias.expand(-1, self.levels, -1, -1).flatten())
@@ -372,8 +372,10 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, query: Tensor, reference: Tensor, x: Tensor, sizes: list) -> Tensor:
-        """query (B,n,C) at places reference (n,2), (x, y) in 0…1; x (B,S,C) as in to_sequence, of
-        maps of `sizes` [(h_l,w_l), …] → (B,n,C)."""
+        """query (B,n,C), reference (n,2), x (B,S,C), sizes [(h_l,w_l), …] → (B,n,C).
+
+        reference: where each query stands, (x, y) in 0…1. x: maps of these sizes, see to_sequence.
+        """
         B, n, _ = query.shape
         value = self.value(x).unflatten(-1, (self.heads, -1))  # (B,S,heads,C/heads)
         offset = self.offsets(query).view(B, n, self.heads, self.levels, self.points, 2)
@@ -505,16 +507,16 @@ class QueryDecoder(nn.Module):
 
     def forward(self, P: Tensor, coarse: list[Tensor]) -> Tensor:
         value = [to_sequence([m]) for m in coarse]  # (B,h_l·w_l,C)
-        value = [v + level for v, level in zip(value, self.level_embed.weight, strict=True)]
+        value = [v + code for v, code in zip(value, self.level_embed.weight, strict=True)]
         key = [v + to_sequence([sine_embedding(m)]) for v, m in zip(value, coarse, strict=True)]
-        # Masks are linear in P: resizing P once for each level equals resizing N masks in a layer.
+        # Masks are linear in P: resizing P once for each level gives what resizing N masks would.
         # They only say where to look, by a comparison that passes no gradient. Hence detach().
         small_P = [resize(P.detach(), m.shape[-2:]) for m in coarse]
 
         q = self.query_features.weight.expand(len(P), -1, -1)  # (B,N,C)
         for i, layer in enumerate(self.layers):
             level = i % LEVELS  # strides 32, 16, 8, 32, …
-            # The first mask comes from queries that have not seen the image: it is learned.
+            # The first mask comes from the learned queries alone, before they have read the image.
             forbidden = self.attention_mask(self.masks(q, small_P[level]))
             q = layer(q, self.query_position.weight, key[level], value[level], forbidden)
         return self.masks(q, P)
@@ -526,7 +528,7 @@ class QueryDecoder(nn.Module):
 
     def attention_mask(self, M: Tensor) -> Tensor:
         """Mask logits (B,N,h,w) → bool (B·heads,N,h·w), True where a query must NOT look."""
-        forbidden = (M < 0).flatten(2)  # σ(m) < 0.5 is m < 0
+        forbidden = (M < 0).flatten(2)  # σ(M) < ½ is M < 0
         # A query with an empty mask could look nowhere: a softmax over nothing, NaN in some
         # versions of torch. It may look everywhere instead.
         forbidden = forbidden & ~forbidden.all(dim=-1, keepdim=True)
@@ -634,11 +636,12 @@ class CoherenceFusion(nn.Module):
         V   = BN(CBAM X_t)
         X̂_t = BN(CBAM(softmax(τ cos(Q, K)) V))
 
-    cos(Q, K) (h·w,h·w) is the cosine between the query of each pixel and the key of each. Where the
+    cos(Q, K) (h·w,h·w) holds the cosine of each pixel's query with each pixel's key. Where the
     *other* tasks see two pixels as alike, the two share the main task's features. There is no
     residual: X_t enters by V alone. The paper presents this as coherence, a small cosine distance
     between a task's features and the others'. No loss asks for it; `cosine_distance` measures it.
-    With stride s, S = h·w/s² averaged keys and values stand for all of them, as in [PVT].
+    With cfm_stride s > 1, keys and values are averaged over s x s pixels: about h·w/s² of them.
+    [PVT] shortens them too, by a learned projection.
     """
 
     def __init__(self, auxiliaries: int, cfg: MTCPConfig):
@@ -654,7 +657,7 @@ class CoherenceFusion(nn.Module):
         self.log_tau = nn.Parameter(torch.full((1, 1, 1), math.log(10.0)))  # as in [SwinV2]
         self.out = nn.Sequential(CBAM(C), nn.BatchNorm2d(C))
         # ceil_mode keeps the last row and column of sizes that the stride does not divide.
-        self.pool = nn.AvgPool2d(cfg.cfm_stride, ceil_mode=True, count_include_pad=False)
+        self.pool = nn.AvgPool2d(cfg.cfm_stride, ceil_mode=True)
 
     def forward(self, X_t: Tensor, auxiliaries: list[Tensor]) -> Tensor:
         A = [X * torch.sigmoid(gate(X)) for gate, X in zip(self.gates, auxiliaries, strict=True)]
@@ -666,16 +669,14 @@ class CoherenceFusion(nn.Module):
         # that does hold the matrix.
         q, k, v = (to_sequence([m])[:, None].contiguous() for m in (Q, K, V))  # (B,1,h·w or S,C)
         # D5: cosines times a learned temperature τ [SwinV2], where the release has raw dot products
-        # in a full matrix [release: models/utils.py#L873].
-        # Nothing bounds raw products; these logits stay within ±100.
-        # Large logits lose their digits in bf16, whose numbers near 1000 are 4 apart.
-        # Raw products grow with C, and so would the sharpness of the softmax.
-        # SDPA's usual 1/√C is no cure: the softmax over thousands of pixels starts nearly uniform.
+        # in a full matrix [release: models/utils.py#L873]. Those grow with C and have no bound, and
+        # near 1000 bf16 numbers are 4 apart. These stay within ±100. With the usual 1/√C instead of
+        # τ, the softmax over thousands of pixels would start nearly uniform.
         tau = self.log_tau.clamp(max=math.log(100.0)).exp()
         q = tau * F.normalize(q, dim=-1)
         k = F.normalize(k, dim=-1)
-        # At 480 x 640 the (h·w)² matrix would take 1.5 GB for one task and image, and as much for
-        # its gradient. SDPA's fused kernels never hold it.
+        # SDPA's fused kernels never hold the (h·w)² matrix. At 480 x 640 it would take 1.5 GB for
+        # one task and image, and as much for its gradient.
         x = F.scaled_dot_product_attention(q, k, v, scale=1.0)  # (B,1,h·w,C)
         return self.out(x.transpose(2, 3).reshape_as(X_t))
 
@@ -715,8 +716,8 @@ class SpatialRefinement(nn.Module):
     def forward(self, carry: Tensor, f_i: Tensor) -> tuple[Tensor, Tensor | None]:
         carry = resize(self.cbam_carry(carry), f_i.shape[-2:])  # (B,c,h_i,w_i)
         z = torch.cat([carry, self.cbam_stage(f_i)], dim=1)  # (B,c+f,h_i,w_i)
-        pred = self.to_pred(z)
-        return pred, None if self.to_carry is None else self.to_carry(z)
+        next_carry = None if self.to_carry is None else self.to_carry(z)
+        return self.to_pred(z), next_carry
 
 
 class TraceBack(nn.Module):
@@ -746,27 +747,15 @@ class TraceBack(nn.Module):
 # Heads
 # ==================================================================================================
 
-
-def logits(y: Tensor) -> Tensor:
-    """As it is."""
-    return y
-
-
-def positive(y: Tensor) -> Tensor:
-    """Metres, > 0."""
-    # D9: the release's depth is a convolution's output, which may be negative
+OUTPUTS = {
+    "logits": nn.Identity(),
+    # Metres, > 0. D9: the release's depth is a convolution's output, which may be negative
     # [release: models/models_nyud_CL.py#L149].
-    return F.softplus(y)
-
-
-def unit(y: Tensor) -> Tensor:
-    """(B,3,H,W), of length 1 at each pixel."""
-    # D8: the release's normals have any length, and their loss is squared; here it is L1
-    # [release: losses/loss_functions.py#L222].
-    return F.normalize(y, dim=1, eps=1e-6)
-
-
-OUTPUTS = {"logits": logits, "positive": positive, "unit": unit}
+    "positive": nn.Softplus(),
+    # (B,3,H,W), of length 1 at each pixel. D8: the release's normals have any length, and their
+    # loss is squared; here it is L1 [release: losses/loss_functions.py#L222].
+    "unit": partial(F.normalize, dim=1, eps=1e-6),
+}
 
 
 class Head(nn.Module):
@@ -1093,9 +1082,7 @@ class DynamicWeightAverage(EqualWeights):
     the first two epochs there is no ratio, and w_t = 1.
     """
 
-    def __init__(self, names: list[str], temperature: float = 2.0):
-        super().__init__(names)
-        self.temperature = temperature
+    temperature = 2.0
 
     def next_weights(self, now: Tensor) -> Tensor:
         if self.previous.isnan().all():
@@ -1219,7 +1206,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def mask2former_queries(tensors: dict[str, Tensor]) -> int | None:
-    """The number of queries N of a Hugging Face Mask2Former, None if the tensors are none."""
+    """The number of queries N of a Hugging Face Mask2Former; None if it is something else."""
     queries = tensors.get(f"{QRY}.queries_features.weight")
     return None if queries is None else len(queries)
 

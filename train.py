@@ -52,7 +52,7 @@ from mtcp import IGNORE_INDEX, MTCP, Task
 
 @dataclass(frozen=True)
 class Recipe:
-    """What goes with a dataset. Flags of the same names change single values."""
+    """What goes with a dataset. A flag of the same name, where there is one, goes before."""
 
     tasks: tuple[Task, ...]
     preset: str = "toy"
@@ -130,7 +130,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if args.tasks not in (None, saved["tasks"]):
             p.error(f"--eval takes the tasks of the checkpoint, {' '.join(saved['tasks'])}")
         if args.dataset not in (None, saved["dataset"]):
-            del saved["root"]
+            del saved["root"]  # another dataset lies elsewhere
         fill_in(args, saved)
     args.dataset = args.dataset or "rooms"
     names = [t.name for t in RECIPES[args.dataset].tasks]
@@ -139,11 +139,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     fill_in(args, {"device": best_device()})
     args.root = Path(args.root)
     refuse_bad_flags(args, names, p)
+    args.start = args.start or "scratch"
     return args
 
 
-# What a resumed run may do otherwise, since it does not change what is computed.
-FREE = ("out", "resume", "eval", "single", "root", "workers", "device")
+OWN = ("out", "resume", "eval", "single")  # of this call alone, never taken from a saved run
+FREE = (*OWN, "root", "workers", "device")  # may differ with --resume: they change no result
 
 
 def same_run(args: argparse.Namespace, saved: dict, parser: argparse.ArgumentParser) -> dict:
@@ -158,7 +159,7 @@ def same_run(args: argparse.Namespace, saved: dict, parser: argparse.ArgumentPar
 def fill_in(args: argparse.Namespace, defaults: dict) -> None:
     """Sets the flags that were not typed."""
     for key, value in defaults.items():
-        if key in vars(args) and key not in FREE[:4] and not was_typed(vars(args)[key]):
+        if key in vars(args) and key not in OWN and not was_typed(vars(args)[key]):
             setattr(args, key, value)
 
 
@@ -167,6 +168,7 @@ def was_typed(value) -> bool:
 
 
 def refuse_bad_flags(args: argparse.Namespace, names: list[str], parser) -> None:
+    """Exits with one sentence where flags cannot work; names: the dataset's tasks."""
     if not set(args.tasks) <= set(names) or len(set(args.tasks)) < len(args.tasks):
         parser.error(
             f"--tasks takes different ones of {' '.join(names)}, not {' '.join(args.tasks)}"
@@ -187,7 +189,6 @@ def refuse_bad_flags(args: argparse.Namespace, names: list[str], parser) -> None
             "  --start pretrained  the weights timm publishes for the backbone\n"
             "  --start scratch     random weights all the same"
         )
-    args.start = args.start or "scratch"
 
 
 def plain(value):
@@ -229,6 +230,7 @@ def make_datasets(name: str, root: Path, tasks: list[str], size, seed: int) -> t
 
 
 def resize_image(sample: dict, rng: np.random.Generator, size: tuple[int, int]) -> dict:
+    """data.resize_image as a transform; nothing here is random."""
     return data.resize_image(sample, size)
 
 
@@ -385,9 +387,8 @@ class NormalsMetric:
         n = self.bins.sum().item()
         below = self.bins.cumsum(dim=0)
         if n == 0:
-            return dict.fromkeys(
-                ("mean", "median", "below_11.25", "below_22.5", "below_30"), math.nan
-            )
+            names = ("mean", "median", "below_11.25", "below_22.5", "below_30")
+            return dict.fromkeys(names, math.nan)
         median = torch.searchsorted(below, (n + 1) // 2).item() / 100
         shares = {f"below_{a}": 100 * below[int(a * 100) - 1].item() / n for a in (11.25, 22.5, 30)}
         return {"mean": self.total / n, "median": median, **shares}
@@ -486,7 +487,7 @@ class GeometricCoherence:
 def normals_from_depth(depth: Tensor, intrinsics: tuple[float, float, float, float]) -> Tensor:
     """depth (B,1,H,W) in metres, (fx, fy, cx, cy) in pixels → unit normals (B,3,H,W).
 
-    Each pixel is lifted to X = (x (u - cx)/fx, 1, -(v - cy)/fy) · depth: right, forward, up. The
+    Each pixel is lifted to X = ((u - cx)/fx, 1, -(v - cy)/fy) · depth: right, forward, up. The
     normal is the cross product of the differences of X between left and right and between above and
     below, turned towards the camera.
     """
@@ -518,7 +519,7 @@ def smooth_surface(depth: Tensor, normals: Tensor) -> Tensor:
     largest = F.max_pool2d(depth, 3, 1)
     smallest = -F.max_pool2d(-depth, 3, 1)
     flat = (smallest > 0) & (largest < 1.05 * smallest)
-    # The mean of nine unit vectors within an angle of 10° is hardly shorter than 1.
+    # Nine unit vectors within 5° of a common direction have a mean at least cos 5° long.
     mean = F.avg_pool2d(normals, 3, 1).norm(dim=1, keepdim=True)
     return F.pad(flat & (mean > math.cos(math.radians(5))), (1, 1, 1, 1))[:, 0]
 
@@ -579,13 +580,13 @@ def evaluate(model: nn.Module, tasks: tuple[Task, ...], loader, device: str, amp
     """{task name: {metric: value}} over the whole loader, at the labels' resolution.
 
     For a model with CFM also cosine_before and cosine_after: the mean cosine distance of X_t, and
-    of X̂_t, to the auxiliaries (see mtcp.cosine_distance). With all three tasks of a dataset also
-    "coherence" (see the section above).
+    of X̂_t, to the auxiliaries (see mtcp.cosine_distance). Where the tasks allow it also
+    "coherence" (see make_coherence).
     """
     model.eval()
     metrics = {t.name: METRICS[t.metric](t) for t in tasks}
     coherence = make_coherence(list(metrics), loader.dataset)
-    with cosines(model) as seen:
+    with record_cosine_distances(model) as seen:
         for batch in tqdm(loader, desc="evaluating", leave=False):
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
                 outputs = model(batch["image"].to(device))
@@ -613,7 +614,7 @@ def at_label_size(task: Task, y: Tensor, target: Tensor) -> Tensor:
 
 
 @contextmanager
-def cosines(model: nn.Module) -> Iterator[dict[str, list]]:
+def record_cosine_distances(model: nn.Module) -> Iterator[dict[str, list]]:
     """Inside the `with` block every task's CFM adds [distance of X_t, of X̂_t] to its list."""
     cfm = getattr(model, "cfm", None) or {}
     seen = {t: [] for t in cfm}
@@ -633,8 +634,8 @@ def cosines(model: nn.Module) -> Iterator[dict[str, list]]:
 class ConstantPredictor(nn.Module):
     """The trivial predictor: what a network must beat before it can be said to have looked.
 
-    Answers everywhere with the training split's majority class, mean depth, mean normal, or, for a
-    task of two classes, with yes.
+    Answers everywhere with the training split's majority class, mean depth and mean normal; for
+    saliency with "salient".
     """
 
     def __init__(self, tasks: tuple[Task, ...], loader):
@@ -672,8 +673,8 @@ class ConstantPredictor(nn.Module):
 def score(tasks: tuple[Task, ...], results: dict, reference: dict) -> float:
     """Mean over tasks of the headline figure's relative gain over the reference's, in %.
 
-    Against the trivial predictor it chooses the best epoch. Segmentation then has most of the say:
-    a trivial mIoU is tiny, so gains over it reach hundreds of %, where an error falls by 100.
+    Against the trivial predictor it chooses the best epoch. Segmentation then counts most: a
+    trivial mIoU is tiny, so its gain reaches hundreds of %, and an error can fall by 100 % at most.
     Against single-task networks it is Δm [Maninis et al., CVPR 2019].
     """
     gains = []
@@ -819,7 +820,7 @@ def require_finite(total: Tensor, losses: dict[str, Tensor]) -> None:
 
 
 class Run:
-    """The folder of a run: it is begun or gone on with, and written to after every epoch."""
+    """The folder of a run, new or continued with --resume; written to after every epoch."""
 
     def __init__(self, args: argparse.Namespace, model: MTCP, start: str, **parts):
         self.parts = {"model": model, **parts}  # all that has a state
@@ -843,7 +844,9 @@ class Run:
         print(f"{self.out}: {parameters(model) / 1e6:.1f} M parameters, from {start}")
         print(table_row("epoch", *(c for t in model.tasks for c in (t.name, "weight", t.metric))))
 
-    def end_epoch(self, epoch: int, losses: dict, weights: list, results: dict, reached: float):
+    def end_epoch(
+        self, epoch: int, losses: dict, weights: list, results: dict, reached: float
+    ) -> None:
         """Saves last.pt and, if the score is the highest yet, best.pt; adds a line to the log."""
         model = self.parts["model"]
         if not reached <= self.best:  # also where it is NaN, so that there is always a best.pt
@@ -856,8 +859,10 @@ class Run:
         entry = {"epoch": epoch, "loss": losses, "weight": weights, "heldout": results}
         with open(self.out / "log.jsonl", "a") as log:
             log.write(json.dumps({**entry, "score": reached}) + "\n")
-        cells = ((losses[t.name], weights[t.name], results[t.name][t.metric]) for t in model.tasks)
-        print(table_row(f"{epoch + 1:5d}  {time.strftime('%H:%M:%S')}", *sum(cells, ())))
+        cells = []
+        for t in model.tasks:
+            cells += [losses[t.name], weights[t.name], results[t.name][t.metric]]
+        print(table_row(f"{epoch + 1:5d}  {time.strftime('%H:%M:%S')}", *cells))
 
 
 def parameters(model: nn.Module) -> int:
@@ -872,7 +877,10 @@ def finish(out: Path | None, report: dict, model: MTCP, test_set, single: dict |
         save_json(out / "metrics.json", report)
         save_predictions(model, model.tasks, test_set, out / "predictions.png")
     print(results_table(model.tasks, report))
-    print(", ".join(f"{k} {v}" for k, v in report.items() if not isinstance(v, dict)))
+    rest = {k: v for k, v in report.items() if not isinstance(v, dict)}
+    print(
+        ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items())
+    )
     if out is not None:
         print(f"pictures: {out / 'predictions.png'}")
     return report
