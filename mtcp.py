@@ -1243,7 +1243,7 @@ def fill(places: dict, tensors: dict, unused: set[str], into: str, problems: lis
     found["of another shape; are the sizes of the network those of the file?"] = misfits
     problems = problems + [f"{what}: {listed(names)}" for what, names in found.items() if names]
     if problems:
-        raise WeightsError("\n  ".join([f"does not fill {into}.", *problems]))
+        raise WeightsError("\n  ".join([f"the file does not fill {into}.", *problems]))
     for name, place in places.items():
         place.copy_(tensors[name])
     return {"into": into, "tensors": len(places), "not used": sorted(set(tensors) - set(places))}
