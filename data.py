@@ -23,17 +23,21 @@ check → the rendered world → rendered sets on disk → the command line.
 """
 
 import argparse
+import codecs
 import colorsys
 import hashlib
 import io
 import json
 import math
 import os
+import re
 import sys
+import tempfile
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +45,7 @@ import scipy.io
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -76,6 +81,10 @@ PART_LABELS = {part: i + 1 for i, names in enumerate(PART_NAMES) for part in nam
 
 class DataError(Exception):
     """The data are not what they should be. The message is one sentence: which file, what to do."""
+
+    def __str__(self):
+        # A loader's process hands its error on at the end of a traceback.
+        return super().__str__().rpartition("DataError: ")[2].strip()
 
 
 # ==================================================================================================
@@ -116,8 +125,9 @@ def normals_picture(normals: Array) -> Array:
 
 
 def grey_picture(label: Array) -> Array:
-    # 255 · IGNORE_INDEX does not fit in a byte and would come out black.
-    return np.repeat(np.minimum(label[0] * 255, 255).astype(np.uint8)[..., None], 3, axis=2)
+    """0…1 from black to light grey: white says that nothing is known."""
+    grey = np.where(label[0] == IGNORE_INDEX, 255, label[0] * 200)
+    return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
 
 
 def divide_depth(depth: Tensor, scale: float) -> Tensor:
@@ -151,8 +161,9 @@ def unchanged(label: Tensor, *_) -> Tensor:
 class Label:
     """All that transforms, check and pictures need to know of a task's label.
 
-    A label is never averaged: between class 3 and class 7 is no class 5, and next to a hole no half
-    depth. So all are resized and rotated by taking the nearest pixel.
+    A transform gets the label as its reader made it. It is never averaged: between class 3 and
+    class 7 is no class 5, and next to a hole no half depth. So all are resized and rotated by
+    taking the nearest pixel.
     """
 
     outside: float  # fills what a rotation brings in from outside the image: never a valid value
@@ -279,7 +290,10 @@ def read_voc_semseg(path: Path) -> Array:
 
 def read_saliency(path: Path) -> Array:
     """8-bit, distilled from a saliency model → float32 (1,H,W), 1 where above one half."""
-    return (read_pixels(path, "L") > 127.5).astype(np.float32)[None]
+    saliency = read_pixels(path, "L")
+    if saliency.max() == 1:
+        raise DataError(f"{path} holds 0 and 1 only: saliency is expected as 0…255")
+    return (saliency > 127.5).astype(np.float32)[None]
 
 
 def read_part_objects(path: Path) -> list[tuple]:
@@ -291,6 +305,8 @@ def read_part_objects(path: Path) -> list[tuple]:
             parts = [(str(p["part_name"].item()), p["mask"] > 0) for p in thing["parts"].ravel()]
             objects.append((int(thing["class_ind"].item()), thing["mask"] > 0, parts))
         return objects
+    except NotImplementedError as error:
+        raise DataError(f"{path} is of MATLAB 7.3: save it anew as version 7 (-v7)") from error
     except Exception as error:  # scipy's parser fails in a dozen ways on bytes that are not its own
         raise DataError(
             f"{path} cannot be read as a PASCAL-Part annotation ({type(error).__name__}: {error}): "
@@ -299,7 +315,7 @@ def read_part_objects(path: Path) -> list[tuple]:
 
 
 def read_human_parts(path: Path, size: tuple[int, int]) -> Array:
-    """PASCAL-Part's .mat of an image of `size` → int64 (H,W): 0, 1…6 part, 255 = ignore.
+    """PASCAL-Part's .mat → int64 (H,W): 0, 1…6 part, 255 = ignore; of `size` if it has no masks.
 
     Dogs have a "head" and a "torso" too: only the class index tells whose part it is. Without a
     single annotated person the whole image is ignored, since nobody has said where there are no
@@ -308,12 +324,13 @@ def read_human_parts(path: Path, size: tuple[int, int]) -> Array:
     objects = read_part_objects(path)
     masks = [m for _, whole, parts in objects for m in [whole] + [mask for _, mask in parts]]
     sizes = {m.shape for m in masks}
-    if sizes - {size}:
-        raise DataError(f"{path} has masks of {sorted(sizes)} pixels, its image is {size}")
+    if len(sizes) > 1:
+        raise DataError(f"{path} has masks of different sizes, {sorted(sizes)}")
     human = [part for index, _, parts in objects if index == PERSON for part in parts]
     unknown = sorted({name for name, _ in human} - PART_LABELS.keys())
     if unknown:
         raise DataError(f"{path} has human parts {unknown}: expected {' '.join(PART_LABELS)}")
+    size = sizes.pop() if sizes else size
     label = np.full(size, 0 if human else IGNORE_INDEX, dtype=np.int64)
     for name, mask in human:
         label[mask] = PART_LABELS[name]
@@ -340,7 +357,7 @@ class DenseDataset(Dataset):
     Raises DataError if the folder is no such archive, or any file that will be needed is missing.
     """
 
-    lists: str  # path below the root of the list of file stems, {} is the split
+    lists: dict[str, str]  # "train" and "val", the test split → list of file stems below the root
     layouts: dict[str, dict[str, str]]  # archive → key → path; "a | b": b where there is no a
     readers: dict[str, Callable[[Path], Array]]  # task → reader
     classes: dict[str, tuple[str, ...]]  # task → class names, for `check`
@@ -356,6 +373,7 @@ class DenseDataset(Dataset):
         self.seed = seed
         self.epoch = 0
         self.tasks = tuple(self.readers if tasks is None else tasks)
+        self.resized = Counter()  # task → labels that were not quite of their image's size
         self.stems = self.list_stems(root, split) if stems is None else stems
         self.layout = self.detect()
         missing = self.missing()
@@ -369,15 +387,21 @@ class DenseDataset(Dataset):
     @classmethod
     def list_stems(cls, root: str | Path, split: str) -> list[str]:
         """The file stems of a split, in the order of the archive's list."""
-        path = Path(root) / cls.lists.format(split)
+        path = Path(root) / cls.lists[split]
         if not path.is_file():
             raise DataError(f"{path} not found; {cls.help.format(root=root)}")
-        stems = path.read_text().split()
+        raw = path.read_bytes()
+        # Windows' editors put a byte order mark in front.
+        wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        stems = raw.decode("utf-16" if wide else "utf-8-sig", errors="replace").split()
         # A stem becomes part of a path: one like ../../x would lead out of the archive.
         bad = [s for s in stems if not s.replace("_", "").replace("-", "").isalnum()]
         if bad or not stems:
             found = f"it has the line {bad[0]!r}" if bad else "it is empty"
             raise DataError(f"{path} is no list of file stems: {found}")
+        twice = [stem for stem, n in Counter(stems).items() if n > 1]
+        if twice:
+            raise DataError(f"{path} lists {len(twice)} stems twice, the first is {twice[0]}")
         return stems
 
     def detect(self) -> str:
@@ -412,19 +436,25 @@ class DenseDataset(Dataset):
         return None
 
     def read(self, stem: str) -> dict:
-        """All of one stem as tensors, the image in 0…1. DataError if sizes differ."""
+        """All of one stem as tensors, the image in 0…1. DataError if sizes differ.
+
+        Except by one or two pixels where images have many sizes: real archives of PASCAL-Context
+        are like that. Such a label is brought to its image's size; `resized` counts them.
+        """
         pixels = torch.from_numpy(read_pixels(self.path("image", stem), "RGB"))
         image = pixels.permute(2, 0, 1) / 255
         size = tuple(image.shape[1:])
         sample = {"image": image, "name": stem, "size": torch.tensor(size)}
         for task in self.tasks:
             label = torch.from_numpy(self.read_label(task, stem, size))
-            if tuple(label.shape[-2:]) != size:
+            apart = max(abs(a - b) for a, b in zip(label.shape[-2:], size, strict=True))
+            if apart > (0 if self.one_size else 2):
                 raise DataError(
                     f"{self.path(task, stem)} is {tuple(label.shape[-2:])} pixels but its image is "
                     f"{size}: archives were mixed; unpack one into an empty folder"
                 )
-            sample[task] = label
+            self.resized[task] += apart > 0
+            sample[task] = resize_label(label, size) if apart else label
         return sample
 
     def read_label(self, task: str, stem: str, size: tuple[int, int]) -> Array:
@@ -444,7 +474,7 @@ class DenseDataset(Dataset):
 class NYUD(DenseDataset):
     """NYUD-v2, or rendered rooms. The code recognises the two archives by their files."""
 
-    lists = "gt_sets/{}.txt"
+    lists = {"train": "gt_sets/train.txt", "val": "gt_sets/val.txt"}
     layouts = {
         "NYUD_MT": {  # ASTMT, MTI-Net, MTFormer, MT-CP; 480x640
             "image": "images/{}.jpg", "semseg": "segmentation/{}.png",
@@ -472,7 +502,7 @@ README.md, section "Real data", says where the two archives are described."""
     )
 
     def intrinsics(self) -> tuple[float, float, float, float]:
-        height, width, _ = read_pixels(self.path("image", self.stems[0]), "RGB").shape
+        height, width = image_size(self.path("image", self.stems[0]))
         if self.layout == "NYUDv2":
             # A crop, not another resolution. Its size suggests that it starts at row 45, column 40;
             # not verified on a real file.
@@ -484,7 +514,7 @@ README.md, section "Real data", says where the two archives are described."""
 class PASCAL(DenseDataset):
     """PASCAL-Context with PASCAL-Part and distilled saliency, or rendered figures."""
 
-    lists = "ImageSets/Context/{}.txt"
+    lists = {"train": "ImageSets/Context/train.txt", "val": "ImageSets/Context/val.txt"}
     layouts = {
         "PASCAL_MT": {
             "image": "JPEGImages/{}.jpg",
@@ -506,28 +536,49 @@ class PASCAL(DenseDataset):
     sal_distill/STEM.png                    8-bit saliency
 README.md, section "Real data", says where the archive is described."""
 
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.cache = part_cache(self.root.resolve()) if "human_parts" in self.tasks else None
+
     def read_label(self, task: str, stem: str, size: tuple[int, int]) -> Array:
         if task != "human_parts":
             return super().read_label(task, stem, size)
-        # Decoding thousands of .mat files is slow: a PNG is kept of each. One that is older than
-        # its .mat, or does not fit it, is made again.
         source = self.path("human_parts", stem)
-        cached = self.cache_folder() / f"{stem}.png"
-        if cached.is_file() and cached.stat().st_mtime >= source.stat().st_mtime:
-            label = read_pixels(cached, "L").astype(np.int64)
-            if label.shape == size:
-                return label
+        if self.cache is None:
+            return read_human_parts(source, size)
+        # Decoding thousands of .mat files is slow: a PNG is kept of each. It says what it was made
+        # from. "Newer than the .mat" would not do: an archive gives its files their old dates back.
+        cached = self.cache / f"{stem}.png"
+        made_from = f"{source.stat().st_size} {source.stat().st_mtime_ns} {size}"
+        try:
+            with Image.open(cached) as image:
+                if image.info.get("source") == made_from:
+                    return np.array(image).astype(np.int64)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if cached.is_file():
+                print(f"{cached} is made again ({error})", file=sys.stderr)
         label = read_human_parts(source, size)
-        save(cached, lambda f: Image.fromarray(label.astype(np.uint8)).save(f, "PNG"))
+        note = PngInfo()
+        note.add_text("source", made_from)
+        parts = Image.fromarray(label.astype(np.uint8))
+        save(cached, lambda f: parts.save(f, "PNG", pnginfo=note))
         return label
 
-    def cache_folder(self) -> Path:
-        """human_parts_png in the archive or, where that is read-only, in this user's cache."""
-        if os.access(self.root, os.W_OK):
-            return self.root / "human_parts_png"
-        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        archive = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:16]
-        return user / "mtcp" / archive
+
+@cache
+def part_cache(root: Path) -> Path | None:
+    """Where an archive's decoded part maps are kept; None, and a line that says so, if nowhere."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    own = user / "mtcp" / hashlib.sha256(str(root).encode()).hexdigest()[:16]
+    for folder in (root / "human_parts_png", own):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            return folder
+        except OSError as error:
+            reason = error
+    print(f"human parts are decoded anew in every epoch: no cache ({reason})", file=sys.stderr)
+    return None
 
 
 class Figures(PASCAL):
@@ -539,14 +590,40 @@ class Figures(PASCAL):
 DATASETS = {"rooms": NYUD, "figures": Figures, "nyud": NYUD, "pascal": PASCAL}
 
 
-def require_one_archive(train: DenseDataset, test: DenseDataset) -> None:
-    """DataError if the splits of a dataset of one size seem to come from different archives."""
-    sizes = [read_pixels(d.path("image", d.stems[0]), "RGB").shape[:2] for d in (train, test)]
-    if train.one_size and (train.layout != test.layout or sizes[0] != sizes[1]):
+def require_sound_splits(training: list[DenseDataset], test: DenseDataset) -> None:
+    """DataError if an image is in a training split and in the test split, or if splits do not fit.
+
+    Only the headers of images are read, so that this is done before anything else.
+    """
+    tested = set(test.stems)
+    shared = [stem for d in training for stem in d.stems if stem in tested]
+    if shared:
         raise DataError(
-            f"{train.root}: training images are {sizes[0]} ({train.layout}), test images "
-            f"{sizes[1]} ({test.layout}): archives were mixed; unpack one into an empty folder"
+            f"{test.root}: {len(shared)} images are in the training list and in the test list, the "
+            f"first is {shared[0]}: the test would be one of memory; get the lists again"
         )
+    if not test.one_size:
+        return
+    if {d.layout for d in training} != {test.layout}:
+        raise DataError(f"{test.root}: archives were mixed; unpack one into an empty folder")
+    first = training[0].path("image", training[0].stems[0])
+    expected = image_size(first)
+    for d in (*training, test):
+        for path in (d.path("image", stem) for stem in d.stems):
+            if image_size(path) != expected:
+                raise DataError(
+                    f"{path} is {image_size(path)} pixels, but {first} is {expected}: archives "
+                    "were mixed; unpack one into an empty folder"
+                )
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(H,W), from the file's header alone."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} is no readable image ({error}): unpack it again") from error
 
 
 def hold_out(stems: list[str], share: float) -> tuple[list[str], list[str]]:
@@ -599,11 +676,11 @@ def resize_image(sample: dict, size: tuple[int, int]) -> dict:
 
 def resize(sample: dict, size: tuple[int, int]) -> dict:
     """The whole picture at another size. Depth stays: another resolution, not another place."""
+    return each(resize_image(sample, size), unchanged, lambda row, x: resize_label(x, size))
 
-    def label(row: Label, x: Tensor) -> Tensor:
-        return nearest(x, lambda y: F.interpolate(y, size, mode="nearest-exact"))
 
-    return each(resize_image(sample, size), unchanged, label)
+def resize_label(label: Tensor, size: tuple[int, int]) -> Tensor:
+    return nearest(label, lambda x: F.interpolate(x, size, mode="nearest-exact"))
 
 
 def zoom(sample: dict, scale: float) -> dict:
@@ -695,6 +772,51 @@ def make_loader(
 
 
 # ==================================================================================================
+# Geometry: normals and depth of one scene, compared
+# ==================================================================================================
+
+
+def normals_from_depth(depth: Tensor, intrinsics: tuple[float, float, float, float]) -> Tensor:
+    """depth (B,1,H,W) in metres, (fx, fy, cx, cy) in pixels → unit normals (B,3,H,W).
+
+    Each pixel is lifted to X = ((u - cx)/fx, 1, -(v - cy)/fy) · depth: right, forward, up. The
+    normal is the cross product of the differences of X between left and right and between above and
+    below, turned towards the camera.
+    """
+    fx, fy, cx, cy = intrinsics
+    H, W = depth.shape[-2:]
+    u = (torch.arange(W, device=depth.device) - cx) / fx
+    v = -(torch.arange(H, device=depth.device) - cy) / fy
+    one = torch.ones(H, W, device=depth.device)
+    ray = torch.stack([u.expand(H, W), one, v[:, None].expand(H, W)])
+    X = F.pad(ray * depth, (1, 1, 1, 1), mode="replicate")  # (B,3,H+2,W+2)
+    across = X[..., 1:-1, 2:] - X[..., 1:-1, :-2]
+    down = X[..., 2:, 1:-1] - X[..., :-2, 1:-1]
+    n = F.normalize(torch.linalg.cross(across, down, dim=1), dim=1)
+    return -n * torch.sign((n * ray).sum(dim=1, keepdim=True))
+
+
+def angle_between(a: Tensor, b: Tensor) -> Tensor:
+    """Unit vectors (B,3,H,W) twice → degrees (B,H,W)."""
+    # atan2 of |a×b| and a·b: the arc cosine of a dot product next to 1 has lost its digits.
+    cross = torch.linalg.cross(a, b, dim=1).norm(dim=1)
+    return torch.rad2deg(torch.atan2(cross, (a * b).sum(dim=1)))
+
+
+def smooth_surface(depth: Tensor, normals: Tensor) -> Tensor:
+    """(B,1,H,W), (B,3,H,W) → bool (B,H,W), False along the border.
+
+    In 3x3 pixels all are valid, depth changes by less than 5 % and normals by less than about 10°.
+    """
+    largest = F.max_pool2d(depth, 3, 1)
+    smallest = -F.max_pool2d(-depth, 3, 1)
+    flat = (smallest > 0) & (largest < 1.05 * smallest)
+    # Nine unit vectors within 5° of a common direction have a mean at least cos 5° long.
+    mean = F.avg_pool2d(normals, 3, 1).norm(dim=1, keepdim=True)
+    return F.pad(flat & (mean > math.cos(math.radians(5))), (1, 1, 1, 1))[:, 0]
+
+
+# ==================================================================================================
 # Check: python data.py check
 # ==================================================================================================
 
@@ -702,10 +824,14 @@ def make_loader(
 def check(kind: type[DenseDataset], root: Path, sheet: Path) -> int:
     """Reads every file of both splits, prints what is there; returns the number of problems."""
     problems = []
-    sizes = set()
     rows = []
-    for split in ("train", "val"):
-        dataset = kind(root, split, complete=False)
+    splits = [kind(root, split, complete=False) for split in ("train", "val")]
+    if all("image" not in d.missing() for d in splits):
+        try:
+            require_sound_splits(splits[:1], splits[1])
+        except DataError as error:
+            problems.append(str(error))
+    for dataset, split in zip(splits, ("train", "val"), strict=True):
         print(f"{split}: {len(dataset)} stems, layout {dataset.layout}")
         missing = dataset.missing()
         for key, files in missing.items():
@@ -713,30 +839,59 @@ def check(kind: type[DenseDataset], root: Path, sheet: Path) -> int:
             problems.append(f"{split} {key}: {found}")
         absent = {path.stem for files in missing.values() for path in files}
         seen = {task: Seen() for task in dataset.tasks}
+        angles = []
+        unreadable = {}  # what is said, without what differs from file to file → the first, number
         stems = [s for s in dataset.stems if s not in absent]
         for i, stem in enumerate(tqdm(stems, desc=f"reading {split}")):
             try:
                 sample = dataset.read(stem)
             except DataError as error:
-                problems.append(str(error))
+                same = re.sub(r"\d[\d.]*", "", str(error).replace(stem, ""))
+                first, n = unreadable.get(same, (str(error), 0))
+                unreadable[same] = (first, n + 1)
                 continue
-            sizes.add(tuple(sample["size"].tolist()))
             for task in dataset.tasks:
                 seen[task].add(sample[task], LABELS[task].valid(sample[task]))
-            if len(rows) < 4 and i % 50 == 0:
+            if i % 10 == 0:
+                angles += normals_off_depth(sample, dataset)
+            if i % max(1, len(stems) // 2) == 0:
                 sample = normalise(sample)
                 rows.append([picture(k, sample[k]) for k in ("image", *dataset.tasks)])
+        for first, n in unreadable.values():
+            problems.append(first + (f" (and {n - 1} more files like it)" if n > 1 else ""))
         for task in dataset.tasks:
             print(f"  {task}: {seen[task].describe(kind.classes.get(task))}")
+            if dataset.resized[task]:
+                print(f"    {dataset.resized[task]} labels a pixel or two off their image's size")
             if not seen[task].valid:
                 problems.append(f"{split} {task}: not one valid pixel")
-    if kind.one_size and len(sizes) > 1:
-        problems.append(f"images have {len(sizes)} sizes, {sorted(sizes)}: archives were mixed")
-    if rows:
-        contact_sheet(["image", *kind.readers], rows).save(sheet)
-        print(f"a few samples: {sheet}")
+        if angles:
+            print(f"  normals are {np.mean(angles):.1f} degrees off those of the depth")
+        if angles and np.mean(angles) > 45:
+            problems.append(
+                f"{split} normals do not fit the depth. Expected axes: x right, y forward, z up"
+            )
     print("\n".join(f"PROBLEM {p}" for p in problems) or "no problems")
+    if rows:
+        try:
+            sheet.parent.mkdir(parents=True, exist_ok=True)
+            contact_sheet(["image", *kind.readers], rows).save(sheet)
+        except (OSError, ValueError) as error:
+            raise DataError(f"--sheet {sheet} cannot be written ({error})") from error
+        print(f"a few samples: {sheet}")
     return len(problems)
+
+
+def normals_off_depth(sample: dict, dataset: DenseDataset) -> list[float]:
+    """[mean angle in degrees between normals and those of the depth], [] if it cannot be said."""
+    intrinsics = dataset.intrinsics()
+    if intrinsics is None or not {"depth", "normals"} <= sample.keys():
+        return []
+    depth = sample["depth"][None]
+    normals = sample["normals"][None]
+    smooth = smooth_surface(depth, normals)
+    angle = angle_between(normals_from_depth(depth, intrinsics), normals)[smooth]
+    return [angle.mean().item()] if smooth.any() else []
 
 
 class Seen:
@@ -746,6 +901,8 @@ class Seen:
         self.pixels = 0
         self.valid = 0
         self.range = (math.inf, -math.inf)
+        self.values = 0
+        self.total = 0.0
         self.histogram = torch.zeros(256, dtype=torch.int64)
 
     def add(self, label: Tensor, valid: Tensor) -> None:
@@ -755,12 +912,18 @@ class Seen:
         if values.numel():
             low, high = (v.item() for v in values.aminmax())
             self.range = (min(self.range[0], low), max(self.range[1], high))
+            self.values += values.numel()
+            self.total += values.double().sum().item()
         if label.dtype == torch.int64:
             self.histogram += torch.bincount(values, minlength=256)
 
     def describe(self, classes: tuple[str, ...] | None) -> str:
         share = self.valid / max(self.pixels, 1)
-        lines = ["{:.1%} of the pixels valid, values {:.4g} to {:.4g}".format(share, *self.range)]
+        lines = [f"{share:.1%} of the pixels valid"]
+        if self.valid:
+            low, high = self.range
+            lines[0] += f", values {low:.4g} to {high:.4g}"
+            lines[0] += "" if classes else f", mean {self.total / self.values:.4g}"
         for c in self.histogram.nonzero().flatten().tolist() if classes else []:
             lines.append(f"    {c:3d} {classes[c]:16s} {self.histogram[c] / self.valid:7.2%}")
         return "\n".join(lines)
@@ -1374,19 +1537,19 @@ def save_image(path: Path, pixels: Array) -> None:
 
 
 def write_rooms(out: Path, stem: str, scene: dict) -> None:
-    """The files of NYUD_MT, in the order of NYUD's readers: where the last one is, all are."""
-    save_image(out / f"images/{stem}.jpg", scene["image"])
+    """The files of NYUD_MT, the image last: where it is, all of them are."""
     save_image(out / f"segmentation/{stem}.png", scene["nyud"])
     save(out / f"depth/{stem}.npy", lambda f: np.save(f, scene["depth"]))
     save(out / f"normals/{stem}.npy", lambda f: np.save(f, scene["normals"]))
+    save_image(out / f"images/{stem}.jpg", scene["image"])
 
 
 def write_figures(out: Path, stem: str, scene: dict) -> None:
-    """The files of PASCAL_MT, in the order of PASCAL's readers."""
-    save_image(out / f"JPEGImages/{stem}.jpg", scene["image"])
+    """The files of PASCAL_MT, the image last."""
     save_image(out / f"semseg/VOC12/{stem}.png", scene["voc"])
     save(out / f"human_parts/{stem}.mat", lambda f: write_part_mat(f, stem, scene["objects"]))
     save_image(out / f"sal_distill/{stem}.png", scene["saliency"])
+    save_image(out / f"JPEGImages/{stem}.jpg", scene["image"])
 
 
 def struct_array(fields: str, rows: list[tuple]) -> Array:
@@ -1420,7 +1583,7 @@ def write_scene(name: str, out: Path, seed: int, size: tuple[int, int], index: i
     """Renders scene `index` into `out` unless it is there; returns its stem."""
     stem = f"{name}_{index:05d}"
     layout = next(iter(DATASETS[name].layouts.values()))
-    if not (out / list(layout.values())[-1].format(stem)).exists():
+    if not (out / layout["image"].format(stem)).exists():
         WRITERS[name](out, stem, render(name, seed, index, *size))
     return stem
 
@@ -1447,7 +1610,7 @@ def render_set(name: str, out: Path, train=800, val=200, size=(96, 128), seed=0)
         )
         stems = list(tqdm(jobs, total=train + val, desc=f"rendering {out}"))
     for split, part in (("train", stems[:train]), ("val", stems[train:])):
-        save_text(out / DATASETS[name].lists.format(split), "\n".join(part))
+        save_text(out / DATASETS[name].lists[split], "\n".join(part))
     save_text(out / "rendered.json", json.dumps({**wanted, "complete": True}))
 
 
@@ -1478,7 +1641,15 @@ def read_marker(out: Path) -> dict | None:
 # ==================================================================================================
 
 
+def keep_printing() -> None:
+    """A character that a console does not have comes out as "?", and does not end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def main() -> int:
+    keep_printing()
     parser = argparse.ArgumentParser(description="Render a stand-in dataset, or check an archive.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name in WRITERS:
@@ -1504,7 +1675,7 @@ def main() -> int:
         render_set(args.command, args.out, args.train, args.val, tuple(args.size), args.seed)
         print(f"{args.train} + {args.val} {args.command} in {args.out}")
         return 0
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(error, file=sys.stderr)
         return 1 if args.command == "check" else 2
 

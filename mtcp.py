@@ -52,7 +52,6 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import LayerNorm2d
 from timm.models.swin_transformer import SwinTransformerBlock, SwinTransformerStage
@@ -1173,6 +1172,23 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
+def read_checkpoint(path: Path):
+    """What is in a .safetensors file or a file of torch.save. WeightsError if it cannot be read."""
+    if path.suffix == ".pkl":
+        raise WeightsError("a pickle, as of Detectron2, can run code: get it as .safetensors")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, "cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path.name} not found") from error
+    except pickle.UnpicklingError as error:
+        # Not in torch's words: they advise weights_only=False, which would run the file's code.
+        raise WeightsError("holds more than tensors, or none: get it as .safetensors") from error
+    except Exception as error:  # torch.load fails in many ways on bytes that are not its own
+        raise WeightsError("cannot be read; was it downloaded to the end?") from error
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A checkpoint → its tensors by name, on the CPU. Raises WeightsError, also for a NaN.
 
@@ -1185,13 +1201,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         path = next((p for p in [*usual, *path.glob("*.index.json")] if p.is_file()), usual[0])
     if path.name.endswith(".index.json"):
         raise WeightsError("a checkpoint in several files is not read: save it as one file")
-    try:
-        safe = path.suffix == ".safetensors"
-        tensors = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path.name} not found") from error
-    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise WeightsError(f"cannot be read; was it downloaded to the end? ({error})") from error
+    tensors = read_checkpoint(path)
     for key in ("model", "state_dict"):
         tensors = tensors.get(key, tensors) if isinstance(tensors, dict) else tensors
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):

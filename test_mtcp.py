@@ -631,7 +631,7 @@ def test_weights_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts/model.safetensors.index.json").write_text("{}")
     for name, said in {
-        "evil.pth": "cannot be read", "numbers.pth": "something else than tensors",
+        "evil.pth": "holds more than tensors", "numbers.pth": "something else than tensors",
         "pointer.safetensors": "cannot be read; was it downloaded to the end",
         "broken.safetensors": "NaN or infinity in (nan, inf|inf, nan)$",
         "parts": "several files is not read: save it as one file",
@@ -888,7 +888,8 @@ def test_human_parts_of_several_people_and_none(tmp_path):
 
     mat(path, ("person", 15, box(0, 0, 4, 2), [("tail", head)]))
     refused("a.mat has human parts .*tail", data.read_human_parts, path, (8, 10))
-    refused("a.mat has masks of .* its image is", data.read_human_parts, path, (9, 10))
+    mat(path, one, ("person", 15, box(0, 0, 8, 9, (8, 9)), []))
+    refused("a.mat has masks of different sizes", data.read_human_parts, path, (8, 10))
     path.write_bytes(path.read_bytes()[:200])
     refused("a.mat cannot be read", data.read_human_parts, path, (8, 10))
 
@@ -896,7 +897,7 @@ def test_human_parts_of_several_people_and_none(tmp_path):
 def test_pictures_show_what_is_ignored_in_white():
     white = [255] * 3
     saliency = torch.tensor([[[0.0, 1.0, IGNORE_INDEX]]])
-    assert data.picture("sal", saliency).tolist() == [[[0] * 3, white, white]]
+    assert data.picture("sal", saliency).tolist() == [[[0] * 3, [200] * 3, white]]
     semseg = torch.tensor([[IGNORE_INDEX]])
     invalid = {"semseg": semseg, "depth": torch.zeros(1, 1, 1), "normals": torch.zeros(3, 1, 1)}
     for key, label in invalid.items():
@@ -941,13 +942,33 @@ def test_nyud_says_what_is_wrong(tmp_path):
         refused(said, read_nyud, tmp_path)
 
 
-def test_splits_of_different_archives_are_refused(tmp_path):
+def test_splits_that_overlap_or_do_not_fit_are_refused(tmp_path):
     write_nyud(tmp_path / "a", "NYUD_MT")
     write_nyud(tmp_path / "b", "NYUD_MT", size=(5, 7))
+    write_nyud(tmp_path / "c", "NYUDv2")
     a = data.NYUD(tmp_path / "a", "train")
-    data.require_one_archive(a, data.NYUD(tmp_path / "a", "val"))
-    b = data.NYUD(tmp_path / "b", "val")
-    refused(r"training images are \(6, 8\)", data.require_one_archive, a, b)
+    test = data.NYUD(tmp_path / "a", "val")
+    data.require_sound_splits([a], test)
+    for name, said in (("b", r"0011.jpg is \(5, 7\) pixels, but .*0003.jpg is \(6, 8\)"),
+                       ("c", "archives were mixed")):  # fmt: skip
+        refused(said, data.require_sound_splits, [a], data.NYUD(tmp_path / name, "val"))
+    refused("2 images are in the training list and in .* 0003", data.require_sound_splits, [a], a)
+    put(tmp_path / "a/images/0007.jpg", np.zeros((6, 9, 3), np.uint8))
+    refused(r"0007.jpg is \(6, 9\) pixels", data.require_sound_splits, [a], test)
+
+
+def test_lists_of_stems(tmp_path):
+    path = tmp_path / "gt_sets/train.txt"
+    path.parent.mkdir()
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_text("0003\r\n0007\n", encoding=encoding)
+        assert data.NYUD.list_stems(tmp_path, "train") == ["0003", "0007"]
+    for raw, said in (
+        (b"0003\n0007\n0003", "train.txt lists 1 stems twice, the first is 0003"),
+        (b"\xff\x00\x81", "train.txt is no list of file stems"),
+    ):
+        path.write_bytes(raw)
+        refused(said, data.NYUD.list_stems, tmp_path, "train")
 
 
 def write_pascal(root: Path) -> None:
@@ -1286,12 +1307,12 @@ def test_a_set_cut_short_is_finished_and_nothing_is_overwritten(tmp_path, name):
     assert files(tmp_path / "b") == whole and len(whole) == 5 * 4 + 3
     kind = data.DATASETS[name]
     lost = kind(a, "val")
-    first, *_, other, last = lost.readers  # written in this order, after the image
+    first, *_, other = lost.readers
     marker = json.loads((a / "rendered.json").read_text())
     # As if killed half way.
     (a / "rendered.json").write_text(json.dumps({**marker, "complete": False}))
-    (a / kind.lists.format("val")).unlink()
-    lost.path(last, lost.stems[1]).unlink()
+    (a / kind.lists["val"]).unlink()
+    lost.path("image", lost.stems[1]).unlink()  # it is written last
     lost.path(other, lost.stems[1]).write_bytes(b"torn")
     data.ensure_set(name, a)
     assert files(a) == whole
@@ -1343,21 +1364,21 @@ def test_check_finds_what_is_broken(tmp_path, capsys, monkeypatch):
 # data.py: contract for change. A made-up task and a made-up dataset go all the way
 # ==================================================================================================
 
-EDGE = mtcp.Task("edge", 1, "logits", "balanced_bce", "maxF", +1)
-STREET_TASKS = (*NYUD_TASKS, EDGE)
+OUTLINE = mtcp.Task("outline", 1, "logits", "balanced_bce", "maxF", +1)
+STREET_TASKS = (*NYUD_TASKS, OUTLINE)
 
 
-def read_edge(path: Path) -> np.ndarray:
+def read_outline(path: Path) -> np.ndarray:
     return (data.read_pixels(path, "L") > 127).astype(np.float32)[None]
 
 
 class Street(data.DenseDataset):
-    lists = "splits/{}.lst"
+    lists = {"train": "splits/train.lst", "val": "splits/test.lst"}
     layouts = {"STREET": {
         "image": "left/{}.png", "semseg": "classes/{}.png", "depth": "metres/{}.npy",
-        "normals": "normals/{}.npy", "edge": "fine/{}.png | coarse/{}.png",
+        "normals": "normals/{}.npy", "outline": "fine/{}.png | coarse/{}.png",
     }}  # fmt: skip
-    readers = {**data.NYUD.readers, "edge": read_edge}
+    readers = {**data.NYUD.readers, "outline": read_outline}
     classes = {"semseg": data.NYUD_CLASSES}
     one_size = True
     help = "expected below {root}: splits/train.lst, left/STEM.png"
@@ -1367,12 +1388,12 @@ class Street(data.DenseDataset):
 def street(tmp_path, monkeypatch) -> Path:
     """The dataset on disk, and the three rows that make it known."""
     valid = lambda x: x[0] != IGNORE_INDEX  # noqa: E731
-    monkeypatch.setitem(data.LABELS, "edge", data.Label(IGNORE_INDEX, valid, data.grey_picture))
+    monkeypatch.setitem(data.LABELS, "outline", data.Label(IGNORE_INDEX, valid, data.grey_picture))
     monkeypatch.setitem(data.DATASETS, "street", Street)
     monkeypatch.setitem(train.RECIPES, "street", train.Recipe(STREET_TASKS, epochs=1))
     root = tmp_path / "street"
     put(root / "splits/train.lst", [*"abcde"])
-    put(root / "splits/val.lst", [*"fg"])
+    put(root / "splits/test.lst", [*"fg"])
     for index, stem in enumerate("abcdefg"):
         scene = data.render("rooms", 0, index, 64, 96)
         edge = np.zeros((64, 96), np.uint8)
@@ -1389,17 +1410,17 @@ def test_a_new_task_and_dataset_are_read_augmented_checked_and_shown(street, tmp
     dataset = Street(street, "train")
     sample = dataset[0]
     stored = np.array(Image.open(street / "fine/a.png"))
-    close(sample["edge"], stored[None] / 255)
+    close(sample["outline"], stored[None] / 255)
     assert stored.any()
     assert dataset.intrinsics() is None
-    assert torch.equal(data.flip(sample)["edge"], sample["edge"].flip(-1))
-    turned = data.rotate(sample, 15.0)["edge"]
+    assert torch.equal(data.flip(sample)["outline"], sample["outline"].flip(-1))
+    turned = data.rotate(sample, 15.0)["outline"]
     assert set(turned.unique().tolist()) == {0, 1, IGNORE_INDEX}
-    assert torch.equal(data.zoom(sample, 1.0)["edge"], sample["edge"])
-    assert set(data.zoom(sample, 1.5)["edge"].unique().tolist()) == {0, 1}
+    assert torch.equal(data.zoom(sample, 1.0)["outline"], sample["outline"])
+    assert set(data.zoom(sample, 1.5)["outline"].unique().tolist()) == {0, 1}
     augment = partial(data.augment, scales=(1.0, 1.5), degrees=10, jitter=0.1, size=(32, 48))
-    assert Street(street, "train", transform=augment)[3]["edge"].shape == (1, 32, 48)
-    assert data.picture("edge", sample["edge"]).shape == (64, 96, 3)
+    assert Street(street, "train", transform=augment)[3]["outline"].shape == (1, 32, 48)
+    assert data.picture("outline", sample["outline"]).shape == (64, 96, 3)
 
     assert data.check(Street, street, tmp_path / "sheet.png") == 0
     assert "edge: 100.0% of the pixels valid, values 0 to 1" in capsys.readouterr().out
@@ -1410,14 +1431,14 @@ def test_a_new_task_and_dataset_are_read_augmented_checked_and_shown(street, tmp
 
 def test_a_new_task_and_dataset_are_trained_and_evaluated(street, tmp_path):
     report = run(street, tmp_path / "run", "--dataset", "street")
-    tasks = {"semseg", "depth", "normals", "edge"}
+    tasks = {"semseg", "depth", "normals", "outline"}
     assert set(report["test"]) == tasks  # no coherence: the camera is not known
-    assert report["dataset"] == "street" and 0 <= report["test"]["edge"]["maxF"] <= 100
+    assert report["dataset"] == "street" and 0 <= report["test"]["outline"]["maxF"] <= 100
     log = json.loads((tmp_path / "run/log.jsonl").read_text())
-    assert set(log["weight"]) == tasks and log["loss"]["edge"] > 0
+    assert set(log["weight"]) == tasks and log["loss"]["outline"] > 0
     # "Edge everywhere" finds them all, and is right in this share of the pixels.
-    share = torch.stack([s["edge"] for s in Street(street, "val")]).mean().item()
-    close(report["trivial"]["edge"]["maxF"], 100 * 2 * share / (share + 1), 1e-2)
+    share = torch.stack([s["outline"] for s in Street(street, "val")]).mean().item()
+    close(report["trivial"]["outline"]["maxF"], 100 * 2 * share / (share + 1), 1e-2)
     sheet = Image.open(tmp_path / "run/predictions.png")
     assert sheet.width >= (1 + 2 * 4) * 288  # 96 x 64 pixels, shown 192 high
 
@@ -1604,7 +1625,7 @@ def test_a_run_writes_its_folder_and_repeats_and_resumes_exactly(rooms, tmp_path
     assert [entry["epoch"] for entry in log] == [0, 1]
     assert log[0]["weight"] == {"semseg": 1, "depth": 1, "normals": 1}
     assert log[1]["weight"]["semseg"] != 1  # LPS has acted
-    depth = {"rmse", "rmse_lt6.55", "cosine_before", "cosine_after"}
+    depth = {"rmse", "rmse_lt6.55", "abs_rel", "delta_1.25", "cosine_before", "cosine_after"}
     assert set(whole["test"]["depth"]) == depth
     assert set(whole["test"]["coherence"]) == {"normal_angle", "normal_angle_truth"}
 

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import data
 import mtcp
-from data import DataError
+from data import DataError, angle_between, normals_from_depth, smooth_surface
 from mtcp import IGNORE_INDEX, MTCP, Task
 
 # ==================================================================================================
@@ -59,7 +59,7 @@ class Recipe:
     epochs: int = 5
     batch_size: int = 4  # small, for more steps
     lr: float = 2e-3  # of AdamW, at its highest
-    warmup: int = 100  # steps, without which training would not survive this learning rate
+    warmup: int = 100  # steps, at most a quarter of all; this learning rate needs them
     kappa: float = 1.6  # spread of the LPS weights; 7.5 is too jumpy where epochs are few
     scales: tuple[float, ...] = (1.0,)  # of the random zoom; a few epochs need none
     degrees: float = 0.0  # of the random rotation, either way
@@ -99,7 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dataset", choices=list(RECIPES), help="default: rooms")
     add("--root", type=Path, help="folder of the data (data/DATASET); rooms, figures: rendered")
     add("--tasks", nargs="+", metavar="TASK", help="some of the dataset's tasks (default: all)")
-    add("--preset", choices=list(mtcp.PRESETS), help="sizes of the network (recipe: toy or paper)")
+    add("--preset", choices=list(mtcp.PRESETS), help="sizes of the network (recipe)")
     add("--backbone", metavar="NAME", help="another backbone than the preset's, by timm's name")
     add("--start", help="scratch: from random weights; pretrained: the backbone from timm's hub;\n"
         "FILE: a Mask2Former of Hugging Face, or weights of the backbone")  # fmt: skip
@@ -117,27 +117,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", help="cpu, cuda, mps, … (default: the best there is)")
     add("--amp", action="store_true", help="bfloat16 autocast")
     add("--out", type=Path, help="run folder (runs/DATASET-N, N counting up)")
-    add("--resume", action="store_true", help="go on from last.pt in --out, with its flags")
+    add("--resume", action="store_true", help="go on with the run in --out, if there is one, with\n"
+        "its flags; more --epochs stretch the schedule")  # fmt: skip
     add("--eval", type=Path, metavar="CHECKPOINT", help="evaluate only")
     add("--single", type=Path, metavar="DIR", help="DIR/TASK: single-task runs, to compute Δm")
     args = p.parse_args(argv)
     if args.resume and args.out is None:
         p.error("--resume needs --out, the folder of the run to go on with")
-    if args.resume:
-        fill_in(args, same_run(args, read_json(args.out / "config.json"), p))
     if args.eval is not None:
-        saved = load_checkpoint(args.eval)["args"]
-        if args.tasks not in (None, saved["tasks"]):
-            p.error(f"--eval takes the tasks of the checkpoint, {' '.join(saved['tasks'])}")
-        if args.dataset not in (None, saved["dataset"]):
-            del saved["root"]  # another dataset lies elsewhere
-        fill_in(args, saved)
+        fill_in(args, evaluated_run(args))
+    elif args.resume and holds_something(args.out):
+        fill_in(args, same_run(args, read_json(args.out / "config.json"), p))
+    if args.out is not None and not args.resume and holds_something(args.out):
+        raise DataError(f"{args.out} is not empty: choose another --out, or go on by --resume")
     args.dataset = args.dataset or "rooms"
     names = [t.name for t in RECIPES[args.dataset].tasks]
     fill_in(args, {**vars(RECIPES[args.dataset]), "tasks": names})
     fill_in(args, {"root": Path("data") / args.dataset, "balancer": "lps", "seed": 0, "workers": 2})
     fill_in(args, {"device": best_device()})
-    args.root = Path(args.root)
+    args.root = Path(args.root).absolute()  # so that it is found again from another folder
     refuse_bad_flags(args, names, p)
     args.start = args.start or "scratch"
     return args
@@ -149,11 +147,49 @@ FREE = (*OWN, "root", "workers", "device")  # may differ with --resume: they cha
 
 def same_run(args: argparse.Namespace, saved: dict, parser: argparse.ArgumentParser) -> dict:
     """The flags a run was begun with. Exits if other ones were typed now."""
+    absent = vars(args).keys() - saved.keys()
+    if absent:
+        raise DataError(f"{args.out}/config.json is damaged: it has no {sorted(absent)[0]}")
     for key, typed in vars(args).items():
-        if key not in FREE and was_typed(typed) and plain(typed) != saved[key]:
-            flag = f"--{key.replace('_', '-')}"
-            parser.error(f"{args.out} was begun with {flag} {saved[key]}, not {typed}")
+        longer = key == "epochs" and was_typed(typed) and typed > saved[key]
+        if key not in FREE and was_typed(typed) and plain(typed) != saved[key] and not longer:
+            flags = f"{as_typed(key, saved[key])}, not {as_typed(key, typed)}"
+            parser.error(f"{args.out} was begun {flags}")
     return saved
+
+
+def as_typed(key: str, value) -> str:
+    """A flag as it stands on the command line."""
+    flag = f"--{key.replace('_', '-')}"
+    if not was_typed(value):
+        return f"without {flag}"
+    values = value if isinstance(value, list) else [] if value is True else [value]
+    return " ".join(["with", flag, *map(str, values)])
+
+
+def evaluated_run(args: argparse.Namespace) -> dict:
+    """The flags of the checkpoint --eval names. DataError if it cannot be evaluated as asked."""
+    content = load_checkpoint(args.eval)
+    saved = content["args"]
+    if saved.get("dataset") not in RECIPES:
+        raise DataError(f"{args.eval} is of no dataset that is known here")
+    dataset = args.dataset or saved["dataset"]
+    known = {t.name: asdict(t) for t in RECIPES[dataset].tasks}
+    learned = [t["name"] for t in content["tasks"]]
+    if any(known.get(t["name"]) != t for t in content["tasks"]):
+        raise DataError(
+            f"{args.eval} has learned {' '.join(learned)} of {saved['dataset']}: the tasks of "
+            f"--dataset {dataset} are others"
+        )
+    if not set(args.tasks or []) <= set(learned):
+        raise DataError(f"{args.eval} has learned {' '.join(learned)}: --tasks takes some of these")
+    if dataset != saved["dataset"]:
+        saved["root"] = None  # another dataset lies elsewhere
+    return saved
+
+
+def holds_something(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def fill_in(args: argparse.Namespace, defaults: dict) -> None:
@@ -174,13 +210,20 @@ def refuse_bad_flags(args: argparse.Namespace, names: list[str], parser) -> None
             f"--tasks takes different ones of {' '.join(names)}, not {' '.join(args.tasks)}"
         )
     for key in ("epochs", "batch_size", "lr", "cfm_stride"):
-        if vars(args)[key] is not None and not vars(args)[key] > 0:
+        if vars(args)[key] is not None and not 0 < vars(args)[key] < math.inf:
             parser.error(f"--{key.replace('_', '-')} takes a number above 0")
-    if min(args.size or [1]) < 1 or args.workers < 0 or args.seed < 0:
+    if not 0 <= args.kappa < math.inf:
+        parser.error("--kappa takes a number of 0 or more")
+    if min(args.size or [1]) < 1 or args.workers < 0 or not 0 <= args.seed < 2**32:
         parser.error("--size takes two numbers above 0; --workers and --seed take 0 or more")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # "cuda" of a build without CUDA: an assertion
+        reason = str(error).splitlines()[0]
+        parser.error(f"--device {args.device} is not there ({reason}); cpu always is")
     if args.backbone is not None and not timm.is_model(args.backbone):
         parser.error(f"--backbone {args.backbone} is no model of timm; see timm.list_models()")
-    if args.start is None and args.preset != "toy" and not args.eval:
+    if args.start is None and args.preset in ("paper", "vit") and not args.eval:
         parser.error(
             f"preset {args.preset} from random weights reaches none of the published figures. "
             "Where shall it start?\n"
@@ -216,6 +259,7 @@ def make_datasets(name: str, root: Path, tasks: list[str], size, seed: int) -> t
     """
     kind = data.DATASETS[name]
     recipe = RECIPES[name]
+    require_rows(recipe.tasks, kind)
     augment = partial(
         data.augment, scales=recipe.scales, degrees=recipe.degrees, jitter=recipe.jitter, size=size
     )
@@ -224,9 +268,26 @@ def make_datasets(name: str, root: Path, tasks: list[str], size, seed: int) -> t
     stems, held_out = data.hold_out(kind.list_stems(root, "train"), HOLDOUT)
     train_set = kind(root, "train", tasks, augment, stems, seed)
     test_set = kind(root, "val", tasks, resized)
-    data.require_one_archive(train_set, test_set)
     plain_set = kind(root, "train", tasks, None, stems)
-    return train_set, plain_set, kind(root, "train", tasks, resized, held_out), test_set
+    held_out_set = kind(root, "train", tasks, resized, held_out)
+    data.require_sound_splits([train_set, held_out_set], test_set)
+    return train_set, plain_set, held_out_set, test_set
+
+
+def require_rows(tasks: tuple[Task, ...], kind: type[data.DenseDataset]) -> None:
+    """DataError if a task is not known everywhere: for those who add one."""
+    for t in tasks:
+        tables = {
+            "mtcp.OUTPUTS": (t.output, mtcp.OUTPUTS),
+            "mtcp.LOSSES": (t.loss, mtcp.LOSSES),
+            "train.METRICS": (t.metric, METRICS),
+            "data.LABELS": (t.name, data.LABELS),
+            f"{kind.__name__}.readers": (t.name, kind.readers),
+        }
+        tables |= {f"{kind.__name__}.layouts": (t.name, files) for files in kind.layouts.values()}
+        for table, (row, rows) in tables.items():
+            if row not in rows:
+                raise DataError(f"task {t.name}: {table} has no row {row!r}")
 
 
 def resize_image(sample: dict, rng: np.random.Generator, size: tuple[int, int]) -> dict:
@@ -275,8 +336,11 @@ def make_started_model(tasks: tuple[Task, ...], cfg: mtcp.MTCPConfig, start: str
 
 def hub_weights(backbone: str) -> Path:
     """The weights that timm publishes for a backbone, from the hub or its local cache."""
-    cfg = timm.get_pretrained_cfg(backbone)
-    if not cfg.hf_hub_id:
+    try:
+        cfg = timm.get_pretrained_cfg(backbone)
+    except RuntimeError as error:  # NAME.TAG with another tag
+        raise mtcp.WeightsError(f"--start pretrained: {error}") from error
+    if cfg is None or not cfg.hf_hub_id:
         raise mtcp.WeightsError(f"--start pretrained: timm publishes no weights for {backbone}")
     name = cfg.hf_hub_filename or "model.safetensors"
     try:
@@ -297,7 +361,7 @@ def make_optimizer(model: nn.Module, balancer: nn.Module, lr: float, warmup: int
     ]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")  # one kernel for all tensors
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=fused)
-    factor = partial(lr_factor, total=steps, warmup=warmup)
+    factor = partial(lr_factor, total=steps, warmup=min(warmup, steps // 4))
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
@@ -312,6 +376,10 @@ def lr_factor(step: int, total: int, warmup: int) -> float:
 # ==================================================================================================
 # Metrics: each takes batches at the labels' resolution, and keeps sums over the whole split
 # ==================================================================================================
+
+
+def float64(x: Tensor) -> Tensor:
+    return x.cpu().to(torch.float64)  # on the CPU: Apple's GPUs have no such numbers
 
 
 class SegmentationMetric:
@@ -341,29 +409,39 @@ class SegmentationMetric:
 
 
 class DepthMetric:
-    """Root mean square error in metres over all valid pixels of the split.
+    """Depth errors over all valid pixels of the split.
 
-    rmse          valid = depth > 0: ATRC, InvPT, TaskPrompter, MTMamba, …
+    rmse          root mean square error in metres; valid = depth > 0: ATRC, InvPT, TaskPrompter, …
     rmse_lt6.55   valid = 0 < depth < 6.5535 m: MTFormer, MT-CP. Far pixels, where errors are large,
                   do not count, so this figure is lower; never compare one with the other.
+    abs_rel       mean of |d - d*| / d*
+    delta_1.25    % of the pixels with max(d/d*, d*/d) < 1.25
     """
 
-    limits = {"rmse": math.inf, "rmse_lt6.55": 6.5535}
-
     def __init__(self, task: Task):
-        self.squares = dict.fromkeys(self.limits, 0.0)
-        self.count = dict.fromkeys(self.limits, 0)
+        self.sums = torch.zeros(4, dtype=torch.float64)  # in the order of the docstring
+        self.pixels = torch.zeros(4, dtype=torch.float64)
 
     def update(self, depth: Tensor, target: Tensor) -> None:
         """depth, target (B,1,H,W)"""
-        for name, limit in self.limits.items():
-            valid = (target > 0) & (target < limit)
-            self.squares[name] += (depth - target)[valid].double().square().sum().item()
-            self.count[name] += valid.sum().item()
+        valid = target > 0
+        d = float64(depth[valid])
+        true = float64(target[valid])
+        near = true < 6.5535
+        square = (d - true).square()
+        relative = (d - true).abs() / true
+        close = torch.maximum(d / true, true / d) < 1.25
+        self.sums += torch.stack([x.sum() for x in (square, square[near], relative, close)])
+        self.pixels += torch.tensor([len(true), near.sum(), len(true), len(true)])
 
     def compute(self) -> dict[str, float]:
-        means = {k: self.squares[k] / n if n else math.nan for k, n in self.count.items()}
-        return {k: math.sqrt(mean) for k, mean in means.items()}
+        rmse, rmse_near, abs_rel, delta = (self.sums / self.pixels).tolist()  # 0/0 is NaN
+        return {
+            "rmse": math.sqrt(rmse),
+            "rmse_lt6.55": math.sqrt(rmse_near),
+            "abs_rel": abs_rel,
+            "delta_1.25": 100 * delta,
+        }
 
 
 class NormalsMetric:
@@ -380,7 +458,7 @@ class NormalsMetric:
     def update(self, normals: Tensor, target: Tensor) -> None:
         """unit normals, target (B,3,H,W)"""
         angle = angle_between(normals.float(), target)[target.square().sum(dim=1) > 0.25]
-        self.total += angle.double().sum().item()
+        self.total += float64(angle).sum().item()
         self.bins += torch.bincount((angle * 100).long().cpu(), minlength=18001)
 
     def compute(self) -> dict[str, float]:
@@ -419,6 +497,8 @@ class SaliencyMetric:
         """logits, target (B,1,H,W), target 0, 1 or 255"""
         for y, t in zip(torch.sigmoid(logits.float()).cpu(), target.cpu(), strict=True):
             p = y[t != IGNORE_INDEX]
+            if len(p) == 0:
+                continue
             truth = t[t != IGNORE_INDEX] > 0.5
             predicted = p > self.per_image[:, None]  # (15,pixels)
             hits = (predicted & truth).sum(dim=1)
@@ -432,7 +512,9 @@ class SaliencyMetric:
     def compute(self) -> dict[str, float]:
         hits, predicted, true = self.counts
         pooled = self.f_measure(hits / predicted.clamp(min=1), hits / true.clamp(min=1), 0.3)
-        n = max(self.images, 1)
+        if self.images == 0:
+            return {"maxF": math.nan, "maxF_pooled": math.nan}
+        n = self.images
         per_image = self.f_measure(self.precision / n, self.recall / n, 1.0)
         return {"maxF": 100 * per_image.max().item(), "maxF_pooled": 100 * pooled.max().item()}
 
@@ -477,51 +559,11 @@ class GeometricCoherence:
         for name, maps in (("normal_angle", y), ("normal_angle_truth", truth)):
             n = normals_from_depth(maps["depth"], self.intrinsics)
             angle = angle_between(n, maps["normals"])[smooth]
-            self.total[name] += angle.double().sum().item()
+            self.total[name] += float64(angle).sum().item()
 
     def compute(self) -> dict[str, float]:
         n = self.pixels
         return {name: total / n if n else math.nan for name, total in self.total.items()}
-
-
-def normals_from_depth(depth: Tensor, intrinsics: tuple[float, float, float, float]) -> Tensor:
-    """depth (B,1,H,W) in metres, (fx, fy, cx, cy) in pixels → unit normals (B,3,H,W).
-
-    Each pixel is lifted to X = ((u - cx)/fx, 1, -(v - cy)/fy) · depth: right, forward, up. The
-    normal is the cross product of the differences of X between left and right and between above and
-    below, turned towards the camera.
-    """
-    fx, fy, cx, cy = intrinsics
-    H, W = depth.shape[-2:]
-    u = (torch.arange(W, device=depth.device) - cx) / fx
-    v = -(torch.arange(H, device=depth.device) - cy) / fy
-    one = torch.ones(H, W, device=depth.device)
-    ray = torch.stack([u.expand(H, W), one, v[:, None].expand(H, W)])
-    X = F.pad(ray * depth, (1, 1, 1, 1), mode="replicate")  # (B,3,H+2,W+2)
-    across = X[..., 1:-1, 2:] - X[..., 1:-1, :-2]
-    down = X[..., 2:, 1:-1] - X[..., :-2, 1:-1]
-    n = F.normalize(torch.linalg.cross(across, down, dim=1), dim=1)
-    return -n * torch.sign((n * ray).sum(dim=1, keepdim=True))
-
-
-def angle_between(a: Tensor, b: Tensor) -> Tensor:
-    """Unit vectors (B,3,H,W) twice → degrees (B,H,W)."""
-    # atan2 of |a×b| and a·b: the arc cosine of a dot product next to 1 has lost its digits.
-    cross = torch.linalg.cross(a, b, dim=1).norm(dim=1)
-    return torch.rad2deg(torch.atan2(cross, (a * b).sum(dim=1)))
-
-
-def smooth_surface(depth: Tensor, normals: Tensor) -> Tensor:
-    """(B,1,H,W), (B,3,H,W) → bool (B,H,W), False along the border.
-
-    In 3x3 pixels all are valid, depth changes by less than 5 % and normals by less than about 10°.
-    """
-    largest = F.max_pool2d(depth, 3, 1)
-    smallest = -F.max_pool2d(-depth, 3, 1)
-    flat = (smallest > 0) & (largest < 1.05 * smallest)
-    # Nine unit vectors within 5° of a common direction have a mean at least cos 5° long.
-    mean = F.avg_pool2d(normals, 3, 1).norm(dim=1, keepdim=True)
-    return F.pad(flat & (mean > math.cos(math.radians(5))), (1, 1, 1, 1))[:, 0]
 
 
 class SemanticCoherence:
@@ -581,7 +623,7 @@ def evaluate(model: nn.Module, tasks: tuple[Task, ...], loader, device: str, amp
 
     For a model with CFM also cosine_before and cosine_after: the mean cosine distance of X_t, and
     of X̂_t, to the auxiliaries (see mtcp.cosine_distance). Where the tasks allow it also
-    "coherence" (see make_coherence).
+    "coherence" (see make_coherence). A figure without a single valid pixel is NaN.
     """
     model.eval()
     metrics = {t.name: METRICS[t.metric](t) for t in tasks}
@@ -634,8 +676,8 @@ def record_cosine_distances(model: nn.Module) -> Iterator[dict[str, list]]:
 class ConstantPredictor(nn.Module):
     """The trivial predictor: what a network must beat before it can be said to have looked.
 
-    Answers everywhere with the training split's majority class, mean depth and mean normal; for
-    saliency with "salient".
+    Answers everywhere with the training split's majority class, mean depth and mean normal; where
+    there are two classes, as in saliency, with the one that is looked for.
     """
 
     def __init__(self, tasks: tuple[Task, ...], loader):
@@ -647,7 +689,10 @@ class ConstantPredictor(nn.Module):
                 total, count = self.sum_up(t, batch[t.name])
                 totals[t.name] += total
                 counts[t.name] += count
-        self.constants = {t: (v / max(counts[t], 1)).float() for t, v in totals.items()}
+        empty = [t for t, n in counts.items() if n == 0]
+        if empty:
+            raise DataError(f"no valid pixel of {empty[0]} in the training split: drop the task")
+        self.constants = {t: (v / counts[t]).float() for t, v in totals.items()}
         for t in tasks:
             if t.output == "unit":
                 self.constants[t.name] = F.normalize(self.constants[t.name], dim=0)
@@ -657,9 +702,12 @@ class ConstantPredictor(nn.Module):
         """A batch's labels → sum (channels,) over pixels that say something, and their number."""
         if task.output != "logits":  # invalid pixels are all-zero
             return target.sum(dim=(0, 2, 3)), (target != 0).any(dim=1).sum().item()
-        if task.channels == 1:
-            return torch.ones(1), 1
         known = target[target != IGNORE_INDEX]
+        if task.channels == 1:
+            return torch.full((1,), known.numel()), known.numel()
+        if known.numel() and known.max() >= task.channels:
+            found = f"has class {known.max()}, and its Task {task.channels} channels"
+            raise DataError(f"a label of {task.name} {found}")
         return torch.bincount(known, minlength=task.channels), known.numel()
 
     def forward(self, x: Tensor) -> dict[str, dict]:
@@ -681,7 +729,18 @@ def score(tasks: tuple[Task, ...], results: dict, reference: dict) -> float:
     for t in tasks:
         ratio = results[t.name][t.metric] / max(reference[t.name][t.metric], 1e-9)
         gains.append(t.better * (ratio - 1))
-    return 100 * float(np.mean(gains))
+    return 100 * float(np.mean(gains)) if gains else math.nan
+
+
+def judging_tasks(tasks: tuple[Task, ...], trivial: dict) -> tuple[Task, ...]:
+    """The tasks that choose the best epoch: those with a valid pixel in a held-out image."""
+    judging = tuple(t for t in tasks if not math.isnan(trivial[t.name][t.metric]))
+    if judging != tasks:
+        absent = " ".join(t.name for t in tasks if t not in judging)
+        by = " ".join(t.name for t in judging)
+        how = f"is chosen by {by}" if by else "counts as the last one"
+        print(f"no valid pixel of {absent} in the held-out images: the best epoch {how}")
+    return judging
 
 
 def single_task_results(folder: Path, dataset: str, tasks: tuple[Task, ...]) -> dict[str, dict]:
@@ -721,7 +780,7 @@ def as_label(task: Task, y: Tensor) -> Tensor:
     """A prediction (channels,H,W) in the format of the task's label."""
     if task.output != "logits":
         return y
-    return (y > 0).float() if task.channels == 1 else y.argmax(dim=0)
+    return torch.sigmoid(y) if task.channels == 1 else y.argmax(dim=0)
 
 
 # ==================================================================================================
@@ -736,21 +795,34 @@ def new_run_folder(out: Path | None, dataset: str) -> Path:
         while Path(f"runs/{dataset}-{n}").exists():
             n += 1
         out = Path(f"runs/{dataset}-{n}")
-    elif out.exists() and any(out.iterdir()):
-        raise DataError(f"{out} is not empty: choose another --out, or go on with it by --resume")
-    out.mkdir(parents=True, exist_ok=True)
+    elif holds_something(out):
+        raise DataError(f"{out} is not empty: choose another --out, or go on by --resume")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"the folder of a run cannot be made ({error}): choose an --out") from error
     return out
 
 
+def without_nan(content):
+    """The same with None, JSON's null, for every NaN, which strict JSON does not know."""
+    if isinstance(content, dict):
+        return {key: without_nan(value) for key, value in content.items()}
+    return None if isinstance(content, float) and math.isnan(content) else content
+
+
 def save_json(path: Path, content: dict) -> None:
-    data.save_text(path, json.dumps(content, indent=2))
+    data.save_text(path, json.dumps(without_nan(content), indent=2))
 
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}): is this the folder of a run?") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is damaged: expected an object in braces")
+    return content
 
 
 def save_checkpoint(path: Path, **content) -> None:
@@ -762,10 +834,10 @@ def load_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise DataError(f"checkpoint {path} not found")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = mtcp.read_checkpoint(path)
         missing = {"args", "config", "tasks", "model"} - content.keys()
-    except Exception as error:  # torch.load fails in many ways on bytes that are not its own
-        raise DataError(f"{path} is no checkpoint of train.py ({error})") from error
+    except (mtcp.WeightsError, AttributeError) as error:
+        raise DataError(f"{path} is no checkpoint of train.py: it {error}") from error
     if missing:
         raise DataError(f"{path} is no checkpoint of train.py: it has no {sorted(missing)}")
     return content
@@ -774,8 +846,12 @@ def load_checkpoint(path: Path) -> dict:
 def load_model(path: Path) -> MTCP:
     """The network of a checkpoint. DataError names tensors that do not match."""
     content = load_checkpoint(path)
-    tasks = tuple(Task(**t) for t in content["tasks"])
-    model = make_model(tasks, mtcp.MTCPConfig(**content["config"]))
+    try:
+        tasks = tuple(Task(**t) for t in content["tasks"])
+        cfg = mtcp.MTCPConfig(**content["config"])
+    except TypeError as error:
+        raise DataError(f"{path} is a checkpoint of another version ({error})") from error
+    model = make_model(tasks, cfg)
     try:
         model.load_state_dict(content["model"])
     except RuntimeError as error:
@@ -784,8 +860,8 @@ def load_model(path: Path) -> MTCP:
 
 
 def table_row(first: str, *cells: str | float) -> str:
-    """A line of a table: numbers with three decimals."""
-    texts = [c[:8] if isinstance(c, str) else f"{c:.3f}" for c in cells]
+    """A line of a table: numbers with three decimals, a dash for NaN."""
+    texts = [c[:8] if isinstance(c, str) else "–" if math.isnan(c) else f"{c:.3f}" for c in cells]
     return f"{first:26s}" + "".join(f" {text:>8s}" for text in texts)
 
 
@@ -802,6 +878,8 @@ def results_table(tasks: tuple[Task, ...], report: dict) -> str:
             arrow = {1: " ↑", -1: " ↓"}[t.better] if metric == t.metric else ""
             trivial = report["trivial"][t.name][metric]
             lines.append(table_row(f"{t.name} {metric}{arrow}", value, trivial))
+        if math.isnan(results[t.metric]):
+            lines.append(f"  no valid pixel of {t.name} in the test split: nothing to measure")
     if distances:
         lines += [table_row("cosine distance to others", "X_t", "X_hat_t"), *distances]
     coherence = report["test"].get("coherence", {})
@@ -829,18 +907,21 @@ class Run:
             "config": asdict(model.cfg),
             "tasks": [asdict(t) for t in model.tasks],
         }
-        if args.resume:
-            self.out = args.out
+        begun = args.resume and holds_something(args.out)
+        self.out = args.out if begun else new_run_folder(args.out, args.dataset)
+        config = {**self.about["args"], "started_from": start}
+        self.next_epoch = 0
+        self.best = -math.inf
+        if (self.out / "last.pt").is_file():
             saved = load_checkpoint(self.out / "last.pt")
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             self.next_epoch = saved["epoch"] + 1
             self.best = saved["best"]
-        else:
-            self.out = new_run_folder(args.out, args.dataset)
-            self.next_epoch = 0
-            self.best = -math.inf
-            save_json(self.out / "config.json", {**self.about["args"], "started_from": start})
+            config = read_json(self.out / "config.json")
+            if config["epochs"] != args.epochs:
+                print(f"schedule stretched from {config['epochs']} to {args.epochs} epochs")
+        save_json(self.out / "config.json", {**config, "epochs": args.epochs})
         print(f"{self.out}: {parameters(model) / 1e6:.1f} M parameters, from {start}")
         print(table_row("epoch", *(c for t in model.tasks for c in (t.name, "weight", t.metric))))
 
@@ -858,7 +939,7 @@ class Run:
         weights = dict(zip(model.names, weights, strict=True))
         entry = {"epoch": epoch, "loss": losses, "weight": weights, "heldout": results}
         with open(self.out / "log.jsonl", "a") as log:
-            log.write(json.dumps({**entry, "score": reached}) + "\n")
+            log.write(json.dumps(without_nan({**entry, "score": reached})) + "\n")
         cells = []
         for t in model.tasks:
             cells += [losses[t.name], weights[t.name], results[t.name][t.metric]]
@@ -869,14 +950,12 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def finish(out: Path | None, report: dict, model: MTCP, test_set, single: dict | None) -> dict:
+def finish(out: Path | None, report: dict, model: MTCP, tasks: tuple[Task, ...], test_set) -> dict:
     """Writes metrics.json and predictions.png into `out`, if there is one, then prints figures."""
-    if single is not None:
-        report["delta_m"] = score(model.tasks, report["test"], single)
     if out is not None:
         save_json(out / "metrics.json", report)
-        save_predictions(model, model.tasks, test_set, out / "predictions.png")
-    print(results_table(model.tasks, report))
+        save_predictions(model, tasks, test_set, out / "predictions.png")
+    print(results_table(tasks, report))
     rest = {k: v for k, v in report.items() if not isinstance(v, dict)}
     print(
         ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items())
@@ -898,15 +977,15 @@ def main(args: argparse.Namespace) -> dict:
     torch.manual_seed(args.seed)  # the initial weights
     recipe = RECIPES[args.dataset]
     tasks = tuple(t for t in recipe.tasks if t.name in args.tasks)
+    single = single_task_results(args.single, args.dataset, tasks) if args.single else None
+    if args.resume and (args.out / "last.pt").is_file():
+        model, start = load_model(args.out / "last.pt"), "last.pt"
+    else:
+        model, start = make_started_model(tasks, make_config(args), args.start)
     if args.dataset in data.WRITERS:
         data.ensure_set(args.dataset, args.root)
     sets = make_datasets(args.dataset, args.root, args.tasks, args.size, args.seed)
     train_set, plain_set, held_out_set, test_set = sets
-    single = single_task_results(args.single, args.dataset, tasks) if args.single else None
-    if args.resume:
-        model, start = load_model(args.out / "last.pt"), "last.pt"
-    else:
-        model, start = make_started_model(tasks, make_config(args), args.start)
     model = model.to(args.device, memory_format=torch.channels_last)  # faster, on CPU and GPU alike
     balancer = BALANCERS[args.balancer](model.names, args.kappa).to(args.device)
     steps = args.epochs * max(1, len(train_set) // args.batch_size)
@@ -914,6 +993,7 @@ def main(args: argparse.Namespace) -> dict:
     constant = ConstantPredictor(tasks, make_loader(plain_set, args.batch_size, args.workers))
     held_out = make_loader(held_out_set, args.batch_size, args.workers)
     trivial = evaluate(constant, tasks, held_out, args.device)
+    judging = judging_tasks(tasks, trivial)
     run = Run(args, model, start, balancer=balancer, optimizer=optimizer, scheduler=scheduler)
 
     # --- Loop: from the images on disk to the optimiser's step, and a look after every epoch ---
@@ -946,48 +1026,65 @@ def main(args: argparse.Namespace) -> dict:
         balancer.end_epoch()
         # D14: held-out training images choose the epoch. The release uses the test split.
         results = evaluate(model, tasks, held_out, args.device, args.amp)
-        run.end_epoch(epoch, means, weights, results, score(tasks, results, trivial))
+        run.end_epoch(epoch, means, weights, results, score(judging, results, trivial))
 
     # --- Test: once, with the weights of the epoch that the held-out images chose ---
     chosen = load_checkpoint(run.out / "best.pt")
     model.load_state_dict(chosen["model"])
-    report = test(model, constant, make_loader(test_set, args.batch_size, args.workers), args.amp)
+    loader = make_loader(test_set, args.batch_size, args.workers)
+    report = test(model, constant, tasks, loader, args.amp)
+    if single is not None:
+        report["delta_m"] = score(tasks, report["test"], single)
     report |= {"dataset": args.dataset, "best_epoch": chosen["epoch"] + 1}
     report |= {"parameters": parameters(model), "seconds": round(time.time() - started)}
-    return finish(run.out, report, model, test_set, single)
+    return finish(run.out, report, model, tasks, test_set)
 
 
-def test(model: MTCP, constant: ConstantPredictor, loader, amp: bool) -> dict[str, dict]:
+def test(model: MTCP, constant, tasks: tuple[Task, ...], loader, amp: bool) -> dict[str, dict]:
     """Figures of the network and of the trivial predictor on the test split."""
     device = next(model.parameters()).device
-    trivial = evaluate(constant, model.tasks, loader, device)
-    return {"test": evaluate(model, model.tasks, loader, device, amp), "trivial": trivial}
+    trivial = evaluate(constant, tasks, loader, device)
+    return {"test": evaluate(model, tasks, loader, device, amp), "trivial": trivial}
 
 
 def evaluate_checkpoint(args: argparse.Namespace) -> dict:
     """--eval: a checkpoint's network on the test split; writes only if --out is given."""
     model = load_model(args.eval).to(args.device)
-    sets = make_datasets(args.dataset, args.root, model.names, args.size, args.seed)
+    tasks = tuple(t for t in model.tasks if t.name in args.tasks)
+    sets = make_datasets(args.dataset, args.root, args.tasks, args.size, args.seed)
     _, plain_set, _, test_set = sets
-    single = single_task_results(args.single, args.dataset, model.tasks) if args.single else None
+    single = single_task_results(args.single, args.dataset, tasks) if args.single else None
     out = new_run_folder(args.out, args.dataset) if args.out is not None else None
-    loader = make_loader(plain_set, args.batch_size, args.workers)
-    constant = ConstantPredictor(model.tasks, loader)
+    constant = ConstantPredictor(tasks, make_loader(plain_set, args.batch_size, args.workers))
     loader = make_loader(test_set, args.batch_size, args.workers)
-    report = test(model, constant, loader, args.amp)
+    report = test(model, constant, tasks, loader, args.amp)
+    if single is not None:
+        report["delta_m"] = score(tasks, report["test"], single)
     report |= {"dataset": args.dataset, "checkpoint": str(args.eval)}
-    return finish(out, report, model, test_set, single)
+    return finish(out, report, model, tasks, test_set)
 
 
 def cli(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 with one sentence on stderr."""
+    data.keep_printing()
     try:
         args = parse_args(argv)
         evaluate_checkpoint(args) if args.eval else main(args)
-    except (DataError, mtcp.WeightsError, FloatingPointError) as error:
+    except (DataError, mtcp.WeightsError, FloatingPointError, OSError) as error:
         print(error, file=sys.stderr)
-        return 2
-    return 0
+    except NotImplementedError as error:
+        reason = str(error).partition(".")[0]
+        print(f"this device cannot do it all ({reason}): take --device cpu", file=sys.stderr)
+    except torch.OutOfMemoryError:
+        print("the device has too little memory: try a smaller --batch-size", file=sys.stderr)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"a process that loads data has died ({reason}): try --workers 0", file=sys.stderr)
+    else:
+        return 0
+    return 2
 
 
 if __name__ == "__main__":
