@@ -6,9 +6,11 @@ once printed.
 """
 
 import ast
+import io
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -628,10 +630,12 @@ def test_weights_that_cannot_be_read_are_refused(tmp_path):
     broken = {"fine": torch.ones(2), "nan": torch.tensor([1, math.nan])}
     save_file({**broken, "inf": torch.tensor(math.inf)}, tmp_path / "broken.safetensors")
     (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    (tmp_path / "model_final.pkl").write_bytes(pickle.dumps({"model": {}}))
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts/model.safetensors.index.json").write_text("{}")
     for name, said in {
-        "evil.pth": "holds more than tensors", "numbers.pth": "something else than tensors",
+        "evil.pth": "holds more than tensors", "model_final.pkl": "as of Detectron2, can run",
+         "numbers.pth": "something else than tensors",
         "pointer.safetensors": "cannot be read; was it downloaded to the end",
         "broken.safetensors": "NaN or infinity in (nan, inf|inf, nan)$",
         "parts": "several files is not read: save it as one file",
@@ -833,6 +837,7 @@ def test_what_no_label_can_hold_is_refused(tmp_path):
         ("a.npy", np.full((4, 4, 3), 0.9), data.read_normals, "a.npy holds .* not unit vectors"),
         ("a.npy", np.ones((4, 4, 2)), data.read_normals, "2 channels"),
         ("a.npy", np.ones((4, 4), np.int32), data.read_depth, "expected 2-d floats"),
+        ("a.png", np.eye(4, dtype=np.uint8), data.read_saliency, "a.png holds 0 and 1 only"),
     ):
         put(tmp_path / name, content)
         refused(said, read, tmp_path / name)
@@ -892,6 +897,8 @@ def test_human_parts_of_several_people_and_none(tmp_path):
     refused("a.mat has masks of different sizes", data.read_human_parts, path, (8, 10))
     path.write_bytes(path.read_bytes()[:200])
     refused("a.mat cannot be read", data.read_human_parts, path, (8, 10))
+    path.write_bytes(b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM".ljust(400))
+    refused("a.mat is of MATLAB 7.3", data.read_human_parts, path, (8, 10))
 
 
 def test_pictures_show_what_is_ignored_in_white():
@@ -1002,7 +1009,7 @@ def test_pascal_layout(tmp_path):
     refused("val.txt not found", data.PASCAL, tmp_path / "nowhere", "val")
 
 
-def test_part_maps_are_cached_and_the_cache_survives(tmp_path, monkeypatch):
+def test_part_maps_are_cached_and_the_cache_survives(tmp_path, monkeypatch, capsys):
     root = tmp_path / "pascal"
     write_pascal(root)
     cached = root / "human_parts_png/2008_000002.png"
@@ -1015,17 +1022,68 @@ def test_part_maps_are_cached_and_the_cache_survives(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(data, "read_part_objects", lambda path: pytest.fail("decoded again"))
         assert parts() == [0, 1]
-    put(cached, np.zeros((8, 11), np.uint8))  # of another image
+    whole = cached.read_bytes()
+    for bad in (whole[: len(whole) // 2], b""):
+        cached.write_bytes(bad)
+        assert parts() == [0, 1] and cached.read_bytes() == whole
+        assert "2008_000002.png is made again" in capsys.readouterr().err
+    put(cached, np.zeros((8, 10), np.uint8))  # nobody knows what from
     assert parts() == [0, 1]
-    mat(source, ("person", 15, box(0, 0, 4, 4), [("lfoot", box(0, 0, 3, 3))]))  # newer
-    os.utime(source, (cached.stat().st_mtime + 5,) * 2)
+    # Another source, of an older date, as archives give their files.
+    mat(source, ("person", 15, box(0, 0, 4, 4), [("lfoot", box(0, 0, 3, 3))]))
+    os.utime(source, (cached.stat().st_mtime - 5000,) * 2)
     assert parts() == [0, 6]
 
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as on a read-only archive
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    shutil.rmtree(root / "human_parts_png")
-    assert parts() == [0, 6] and not (root / "human_parts_png").exists()
-    assert len(list((tmp_path / "cache").rglob("*.png"))) == 1
+
+def test_without_a_place_for_a_cache_parts_are_decoded_anew(tmp_path, monkeypatch, capsys):
+    """The archive, then the user's folder, then none; as files where folders ought to be."""
+    root = tmp_path / "pascal"
+    write_pascal(root)
+    (root / "human_parts_png").write_text("a colleague's")
+    user = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(user))
+
+    def parts():
+        data.part_cache.cache_clear()
+        samples = [data.PASCAL(root, "train")[0] for _ in range(2)]
+        return samples[1]["human_parts"].unique().tolist()
+
+    assert parts() == [0, 1] and capsys.readouterr().err == ""
+    assert len(list(user.rglob("*.png"))) == 1
+    shutil.rmtree(user)
+    user.write_text("no folder")
+    assert parts() == [0, 1]
+    said = capsys.readouterr().err
+    assert said.startswith("human parts are decoded anew in every epoch") and said.count("\n") == 1
+    data.part_cache.cache_clear()
+
+
+def test_labels_a_pixel_or_two_off_are_resized_and_counted(tmp_path, capsys):
+    write_pascal(tmp_path)  # the first image has 8 x 10 pixels
+    parts = tmp_path / "human_parts/2008_000002.mat"
+    semseg = tmp_path / "semseg/VOC12/2008_000002.png"
+    mat(parts, ("person", 15, box(0, 0, 9, 9, (9, 9)), [("head", box(0, 0, 9, 3, (9, 9)))]))
+    put(semseg, np.tile(np.uint8([1, 2]), (8, 4)))
+    sample = data.PASCAL(tmp_path, "train")[0]
+    nearest = np.floor((np.arange(10) + 0.5) * 8 / 10).astype(int) % 2 + 1
+    close(sample["semseg"], np.tile(nearest, (8, 1)), 0)
+    assert sample["human_parts"].shape == (8, 10)
+    assert data.check(data.PASCAL, tmp_path, tmp_path / "sheet.png") == 0
+    assert capsys.readouterr().out.count("1 labels a pixel or two off their image's size") == 2
+    put(semseg, np.zeros((8, 7), np.uint8))
+    refused("2008_000002.png is .* archives were mixed", data.PASCAL(tmp_path, "train").read,
+            "2008_000002")  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_file_is_named_in_one_sentence(tmp_path, workers):
+    write_nyud(tmp_path, "NYUD_MT")
+    (tmp_path / "depth/0007.npy").write_bytes(b"torn")
+    loader = data.make_loader(data.NYUD(tmp_path, "train"), 1, False, 0, workers)
+    with pytest.raises(data.DataError) as error:
+        list(loader)
+    said = str(error.value)
+    assert said.startswith(f"{tmp_path}/depth/0007.npy cannot be read") and "\n" not in said
 
 
 def test_hold_out_splits_without_overlap():
@@ -1352,12 +1410,40 @@ def test_check_finds_what_is_broken(tmp_path, capsys, monkeypatch):
     assert "0007.npy cannot be read" in said
     for flags, status in (
         (f"check --root {root} --sheet {tmp_path / 'sheet.png'}", 1),
+        (f"check --root {root} --sheet {tmp_path / 'sheets/sheet.png'}", 1),
         (f"check --root {tmp_path / 'nowhere'}", 1),
         (f"rooms --out {tmp_path / 'new'} --train 0", 2), (f"rooms --out {root}", 2),
     ):  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["data.py", *flags.split()])
         assert data.main() == status
     assert not (tmp_path / "new").exists()
+
+
+def test_check_says_the_same_thing_once(tmp_path, capsys, monkeypatch):
+    write_nyud(tmp_path, "NYUD_MT")
+    for stem, depth in (("0003", 2000), ("0007", 3141), ("0011", 2718)):
+        np.save(tmp_path / f"depth/{stem}.npy", np.full((6, 8), float(depth)))
+    put(tmp_path / "gt_sets/val.txt", ["0011", "0003"])
+    sheet = tmp_path / "file/sheet.png"
+    (tmp_path / "file").write_text("")
+    flags = ["check", "--root", str(tmp_path), "--sheet", str(sheet)]
+    monkeypatch.setattr(sys, "argv", ["data.py", *flags])
+    assert data.main() == 1
+    said = capsys.readouterr().out
+    assert said.count("millimetres") == 2 and said.count("(and 1 more files like it)") == 2
+    assert "1 images are in the training list and in the test list, the first is 0003" in said
+
+
+def test_check_knows_the_axes_of_normals(rooms, tmp_path, capsys):
+    root = tmp_path / "rooms"
+    shutil.copytree(rooms, root)
+    assert data.check(data.NYUD, root, tmp_path / "sheet.png") == 0
+    for file in (root / "normals").iterdir():
+        right, forward, up = np.moveaxis(np.load(file), 2, 0)
+        np.save(file, np.stack([right, -up, -forward], axis=2))  # right, down, towards the camera
+    capsys.readouterr()
+    assert data.check(data.NYUD, root, tmp_path / "sheet.png") == 2
+    assert "train normals do not fit the depth. Expected axes: x right" in capsys.readouterr().out
 
 
 # ==================================================================================================
@@ -1423,9 +1509,9 @@ def test_a_new_task_and_dataset_are_read_augmented_checked_and_shown(street, tmp
     assert data.picture("outline", sample["outline"]).shape == (64, 96, 3)
 
     assert data.check(Street, street, tmp_path / "sheet.png") == 0
-    assert "edge: 100.0% of the pixels valid, values 0 to 1" in capsys.readouterr().out
+    assert "outline: 100.0% of the pixels valid, values 0 to 1, mean 0.0" in capsys.readouterr().out
     (street / "coarse/d.png").unlink()
-    refused(r"edge: 1 of 5 \(first: .*coarse/d.png\)", Street, street, "train")
+    refused(r"outline: 1 of 5 \(first: .*coarse/d.png\)", Street, street, "train")
     refused("train.lst not found; expected below .*left/STEM.png", Street, tmp_path, "train")
 
 
@@ -1466,7 +1552,7 @@ def test_miou_against_brute_force():
     close(metric.compute()["pixel_acc"], 100 * sum(p == t for p, t in pairs) / len(pairs))
 
 
-def test_depth_rmse_in_both_protocols():
+def test_depth_metrics_by_hand():
     metric = train.DepthMetric(NYUD_TASKS[1])
     metric.update(torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
     assert math.isnan(metric.compute()["rmse"])  # of nothing
@@ -1474,6 +1560,9 @@ def test_depth_rmse_in_both_protocols():
     metric.update(torch.tensor([[[[4.0, 9.0]]]]), torch.tensor([[[[2.0, 6.6]]]]))
     close(metric.compute()["rmse"], math.sqrt((1 + 4 + 2.4**2) / 3))
     close(metric.compute()["rmse_lt6.55"], math.sqrt((1 + 4) / 2))
+    close(metric.compute()["abs_rel"], (1 / 2 + 2 / 2 + 2.4 / 6.6) / 3)
+    metric.update(torch.tensor([[[[4.0]]]]), torch.tensor([[[[4.9]]]]))
+    close(metric.compute()["delta_1.25"], 100 / 4)
 
 
 def test_normals_metric_against_brute_force():
@@ -1526,6 +1615,8 @@ def test_score_with_mixed_directions():
     reference = {"semseg": {"mIoU": 40.0}, "depth": {"rmse": 0.5}, "normals": {"mean": 20.0}}
     results = {"semseg": {"mIoU": 44.0}, "depth": {"rmse": 0.6}, "normals": {"mean": 19.0}}
     close(train.score(NYUD_TASKS, results, reference), (10 - 20 + 5) / 3)
+    results["depth"]["rmse"] = math.nan  # a mean over fewer tasks would be another figure
+    assert math.isnan(train.score(NYUD_TASKS, results, reference))
 
 
 # ==================================================================================================
@@ -1781,31 +1872,103 @@ def test_a_run_says_what_it_started_from(rooms, tmp_path, monkeypatch):
 # ==================================================================================================
 
 
+@pytest.fixture(scope="module")
+def finished(rooms, tmp_path_factory) -> Path:
+    """The folder of a run that learned depth in one epoch."""
+    out = tmp_path_factory.mktemp("run") / "depth"
+    run(rooms, out, "--epochs", "1", "--tasks", "depth")
+    return out
+
+
+def complaint_of(flags: str, capsys) -> str:
+    """What the script says on stderr with these flags; it has to end with status 2."""
+    capsys.readouterr()
+    try:
+        status = train.cli(flags.split())
+    except SystemExit as exit:  # argparse's way
+        status = exit.code
+    assert status == 2
+    return capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags,said", [
     ("--dataset nyud", "--start FILE"),
     ("--preset vit", "--start pretrained"),
     ("--dataset nyud --start scratch", "data/nyud/gt_sets/train.txt not found"),
     ("--dataset nyud --root no --start scratch", "no/gt_sets/train.txt not"),
     ("--backbone swim_tiny", "no model of timm"),
+    ("--backbone vit_base_patch32_224", "has strides"),
+    ("--backbone resnet18.no_such --start pretrained", "no_such"),
+    ("--start nowhere.pth", "--start nowhere.pth: nowhere.pth not found"),
+    ("--start .", "model.safetensors not found"),
     ("--tasks edges", "semseg depth normals"),
     ("--tasks depth depth", "different ones of semseg depth normals"),
-    ("--epochs 0", "above 0"),
-    ("--lr -1", "above 0"),
+    ("--epochs 0", "--epochs takes a number above 0"),
+    ("--batch-size 0", "--batch-size takes a number above 0"),
+    ("--cfm-stride -2", "--cfm-stride takes a number above 0"),
+    ("--lr -1", "--lr takes a number above 0"), ("--lr nan", "--lr"), ("--lr inf", "--lr"),
+    ("--kappa -1", "--kappa takes a number of 0 or more"), ("--kappa nan", "--kappa"),
     ("--size 0 64", "above 0"),
     ("--workers -1", "0 or more"),
+    ("--seed -1", "0 or more"), ("--seed 99999999999999999999", "--seed"),
+    ("--device gpu", "--device gpu is not there"),
+    ("--device cuda:77", "--device cuda:77 is not there"),
     ("--balancer none", "invalid choice"),
-    ("--eval nowhere.pt", "nowhere.pt not found"),
+    ("--single nowhere", "nowhere/semseg/metrics.json cannot be read"),
+    ("--eval nowhere.pt", "nowhere.pt not found"), ("--eval .", "not found"),
     ("--resume", "needs --out"),
-    ("--resume --out nowhere", "is this the folder of a run?"),
 ])  # fmt: skip
-def test_bad_input_gets_one_sentence_and_status_2(tmp_path, monkeypatch, capsys, flags, said):
+def test_bad_flags_get_one_sentence_and_status_2(tmp_path, monkeypatch, capsys, flags, said):
     monkeypatch.chdir(tmp_path)
-    try:
-        status = train.cli(flags.split())
-    except SystemExit as exit:  # argparse's way
-        status = exit.code
-    assert status == 2 and said in capsys.readouterr().err
+    monkeypatch.setattr(data, "render_set", lambda *a, **k: pytest.fail("rendered before it said"))
+    assert said in complaint_of(flags, capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file,content,flags,said", [
+    ("config.json", None, "--out RUN --resume", "config.json cannot be read"),
+    ("config.json", b"{", "--out RUN --resume", "config.json cannot be read"),
+    ("config.json", b"\xff\xfe", "--out RUN --resume", "config.json cannot be read"),
+    ("config.json", b"[]", "--out RUN --resume", "config.json is damaged"),
+    ("config.json", b"{}", "--out RUN --resume", "config.json is damaged: it has no "),
+    ("last.pt", b"", "--out RUN --resume", "last.pt is no checkpoint of train.py: it cannot be"),
+    ("last.pt", b"garbage", "--out RUN --resume", "last.pt is no checkpoint of train.py"),
+    ("best.pt", None, "--out RUN --resume", "best.pt not found"),
+    ("best.pt", None, "--eval RUN/best.pt", "best.pt not found"),
+    ("best.pt", b"PK\x03\x04", "--eval RUN/best.pt", "best.pt is no checkpoint of train.py"),
+    ("best.pt", {"model": {}}, "--eval RUN/best.pt", "it has no ['args', 'config', 'tasks']"),
+    ("metrics.json", None, "--tasks depth --single DIR", "metrics.json cannot be read"),
+    ("metrics.json", b"[1]", "--tasks depth --single DIR", "metrics.json is damaged"),
+    ("metrics.json", b'{"dataset": "rooms", "test": {"depth": {"rmse": null}}}',
+     "--tasks depth --single DIR", "metrics.json has no result of depth"),
+    ("x", b"", "--out RUN", "is not empty: choose another --out, or go on by --resume"),
+    ("x", b"", "--out RUN/x", "x is not empty"),
+    ("x", b"", "--out RUN/x/y", "the folder of a run cannot be made"),
+    ("x", b"", "--root RUN/x", "Not a directory: "),
+    ("x", b"", "--out RUN --resume --tasks semseg", "with --tasks depth, not with --tasks semseg"),
+    ("x", b"", "--out RUN --resume --amp", "was begun without --amp, not with --amp"),
+    ("x", b"", "--eval RUN/best.pt --dataset figures", "has learned depth of rooms"),
+    ("x", b"", "--eval RUN/best.pt --tasks semseg", "has learned depth: --tasks takes some"),
+    ("x", b"", "--eval RUN/best.pt --root RUN", "gt_sets/train.txt not found"),
+])  # fmt: skip
+def test_a_damaged_run_folder_gets_one_sentence(
+    rooms, finished, tmp_path, monkeypatch, capsys, file, content, flags, said
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, tmp_path / "single/depth")
+    path = tmp_path / "single/depth" / file
+    if content is None:
+        path.unlink()
+    elif isinstance(content, dict):
+        torch.save(content, path)
+    else:
+        path.write_bytes(content)
+    before = files(tmp_path)
+    flags = flags.replace("RUN", "single/depth").replace("DIR", "single")
+    root = "" if "--root" in flags or "--eval" in flags else f"--root {rooms} "
+    heard = complaint_of(f"{root}{flags} --workers 0 --device cpu", capsys)
+    assert said in heard and "weights_only" not in heard
+    assert files(tmp_path) == before
 
 
 def test_a_resumed_run_takes_its_flags_and_refuses_others(tmp_path, capsys):
@@ -1814,17 +1977,131 @@ def test_a_resumed_run_takes_its_flags_and_refuses_others(tmp_path, capsys):
     train.save_json(tmp_path / "config.json", config)
     resume = ["--resume", "--out", str(tmp_path)]
     # A typed zero is a value, and not a missing flag.
-    same = train.parse_args([*resume, *["--kappa", "0", "--workers", "0", "--root", "elsewhere"]])
+    same = train.parse_args([*resume, *["--kappa", "0", "--workers", "0", "--root", "/elsewhere"]])
     assert (same.seed, same.kappa, same.tasks) == (3, 0, ["depth", "normals"])
-    assert (same.workers, same.root) == (0, Path("elsewhere"))
+    assert (same.workers, same.root) == (0, Path("/elsewhere"))
+    assert train.parse_args([*resume, "--epochs", "9"]).epochs == 9
     for flags, said in (
-        ("--kappa 3", "--kappa 0.0, not 3.0"), ("--seed 0", "--seed 3, not 0"),
-        ("--tasks depth", "--tasks"), ("--amp", "--amp False, not True"),
-        ("--no-cfm", "--no-cfm False, not True"), ("--dataset figures", "--dataset rooms, not fig"),
+        ("--kappa 3", "with --kappa 0.0, not with --kappa 3.0"),
+        ("--seed 0", "with --seed 3, not with --seed 0"), ("--epochs 1", "with --epochs 5, not"),
+        ("--no-cfm", "without --no-cfm, not with --no-cfm"),
+        ("--dataset figures", "with --dataset rooms, not with --dataset figures"),
+        ("--tasks depth", "with --tasks depth normals, not with --tasks depth"),
     ):  # fmt: skip
-        with pytest.raises(SystemExit):
-            train.parse_args([*resume, *flags.split()])
-        assert f"begun with {said}" in capsys.readouterr().err
+        assert f"was begun {said}" in complaint_of(" ".join([*resume, flags]), capsys)
+
+
+def test_a_run_killed_in_its_first_epoch_starts_again_and_a_longer_one_goes_on(
+    rooms, finished, tmp_path, capsys
+):
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(finished / "config.json", out)
+    expected = json.loads((finished / "metrics.json").read_text())["test"]
+    resume = ["--resume", "--out", str(out)]
+    assert train.main(train.parse_args(resume))["test"] == expected
+    assert train.main(train.parse_args(resume))["test"] == expected  # it is finished
+    capsys.readouterr()
+    train.main(train.parse_args([*resume, "--epochs", "2"]))
+    assert "schedule stretched from 1 to 2 epochs" in capsys.readouterr().out
+    assert len((out / "log.jsonl").read_text().splitlines()) == 2
+    config = json.loads((out / "config.json").read_text())
+    assert config["epochs"] == 2 and config["started_from"] == "random weights"
+    # Nothing to go on with: it begins.
+    new = [*resume[:2], str(tmp_path / "new"), "--root", str(rooms), "--tasks", "depth"]
+    assert train.main(train.parse_args([*new, *CPU, "--epochs", "1"]))["test"] == expected
+
+
+def test_a_checkpoint_is_evaluated_from_another_folder_and_in_some_of_its_tasks(
+    rooms, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(rooms.parent)
+    flags = ("--epochs", "1", "--tasks", "depth", "normals")
+    report = run(Path(rooms.name), tmp_path / "run", *flags)
+    monkeypatch.chdir(tmp_path)
+    again = train.parse_args(["--eval", "run/best.pt", "--tasks", "normals"])
+    assert train.evaluate_checkpoint(again)["test"] == {"normals": report["test"]["normals"]}
+    said = complaint_of(f"--eval run/best.pt --root {tmp_path}/none", capsys)
+    assert "none/gt_sets/train.txt not found" in said and not (tmp_path / "none").exists()
+
+
+def test_a_figure_of_no_pixel_is_null_and_said_in_words(rooms, tmp_path, capsys):
+    root = tmp_path / "rooms"
+    shutil.copytree(rooms, root)
+    stems = [*data.NYUD.list_stems(root, "val"), data.NYUD.list_stems(root, "train")[-1]]
+    for stem in stems:  # the test split and the held-out image
+        np.save(root / f"depth/{stem}.npy", np.zeros((64, 96), np.float32))
+    flags = ("--epochs", "1", "--tasks", "depth", "normals", "--workers", "2")
+    run(root, tmp_path / "run", *flags)
+    said = capsys.readouterr().out
+    assert (
+        "no valid pixel of depth in the held-out images: the best epoch is chosen by norm" in said
+    )
+    assert "no valid pixel of depth in the test split" in said and "nan" not in said
+    strict = partial(json.loads, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    report = strict((tmp_path / "run/metrics.json").read_text())
+    assert report["test"]["depth"]["rmse"] is None and report["test"]["normals"]["mean"] > 0
+    assert report["test"]["coherence"] == {"normal_angle": None, "normal_angle_truth": None}
+    assert strict((tmp_path / "run/log.jsonl").read_text())["score"] is not None
+
+    for file in (root / "depth").iterdir():
+        np.save(file, np.zeros((64, 96), np.float32))
+    refused("no valid pixel of depth in the training split", run, root, tmp_path / "b", *flags)
+    assert not (tmp_path / "b").exists()
+
+
+def test_output_never_ends_a_run(finished, tmp_path, monkeypatch):
+    """On consoles without Δ and ↑."""
+    command = [sys.executable, train.__file__, "--help"]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=ascii_only)
+    assert done.returncode == 0 and "compute ?m" in done.stdout
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
+    assert train.cli(["--eval", str(finished / "best.pt")]) == 0
+    sys.stdout.flush()
+    assert b"depth rmse ?" in raw.getvalue()
+
+
+def test_metrics_need_no_float64_of_the_device(finished, monkeypatch):
+    """As on Apple's GPUs, which have none: `cpu` is called first."""
+    on_cpu = []
+    original = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "double", lambda x: pytest.fail("float64 on the device"))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: on_cpu.append(x) or original(x))
+    assert train.cli(["--eval", str(finished / "best.pt")]) == 0 and on_cpu
+
+
+@pytest.mark.parametrize("error,said", [
+    (NotImplementedError("aten::x is not implemented. Set"), "--device cpu"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "a smaller --batch-size"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "--workers 0"),
+    (OSError(28, "No space left on device", "last.pt"), "No space left on device: 'last.pt'"),
+])  # fmt: skip
+def test_faults_of_the_machine_get_one_sentence(tmp_path, monkeypatch, capsys, error, said):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(train, "main", fail)
+    heard = complaint_of(f"--root {tmp_path}", capsys)
+    assert said in heard and heard.count("\n") == 1
+
+
+def test_a_task_that_is_not_known_everywhere_is_named(street, monkeypatch):
+    for change, said in (
+        ({"loss": "bcee"}, "task outline: mtcp.LOSSES has no row 'bcee'"),
+        ({"metric": "F"}, "train.METRICS has no row 'F'"),
+        ({"name": "x"}, "data.LABELS has no row 'x'"),
+    ):
+        tasks = (NYUD_TASKS[0], replace(OUTLINE, **change))
+        refused(said, train.require_rows, tasks, Street)
+    monkeypatch.setitem(data.LABELS, "x", data.LABELS["sal"])
+    refused(
+        "Street.readers has no row 'x'", train.require_rows, (replace(OUTLINE, name="x"),), Street
+    )
+    few = replace(NYUD_TASKS[0], channels=3)
+    loader = data.make_loader(Street(street, "train", ["semseg"]), 1, False, 0, 0)
+    refused("semseg has class .* 3 channels", train.ConstantPredictor, (few,), loader)
 
 
 def test_the_script_reports_status_2_without_a_traceback(tmp_path):

@@ -10,7 +10,7 @@
 Single-task networks, and Δm against them:
 
     for t in semseg depth normals; do
-        python train.py --tasks $t --no-trace-back --out runs/single/$t
+        python train.py --tasks $t --no-trace-back --out runs/single/$t --resume
     done
     python train.py --single runs/single
 
@@ -642,6 +642,8 @@ def evaluate(model: nn.Module, tasks: tuple[Task, ...], loader, device: str, amp
                 coherence.update(y, truth)
     results = {name: metric.compute() for name, metric in metrics.items()}
     for name, distances in seen.items():
+        if name not in results:  # a task of the network that is not asked for
+            continue
         before, after = np.mean(distances, axis=0).tolist()
         results[name] |= {"cosine_before": before, "cosine_after": after}
     return results if coherence is None else {**results, "coherence": coherence.compute()}
