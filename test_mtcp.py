@@ -635,7 +635,7 @@ def test_weights_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "parts/model.safetensors.index.json").write_text("{}")
     for name, said in {
         "evil.pth": "holds more than tensors", "model_final.pkl": "as of Detectron2, can run",
-         "numbers.pth": "something else than tensors",
+        "numbers.pth": "something else than tensors",
         "pointer.safetensors": "cannot be read; was it downloaded to the end",
         "broken.safetensors": "NaN or infinity in (nan, inf|inf, nan)$",
         "parts": "several files is not read: save it as one file",
@@ -1438,12 +1438,21 @@ def test_check_knows_the_axes_of_normals(rooms, tmp_path, capsys):
     root = tmp_path / "rooms"
     shutil.copytree(rooms, root)
     assert data.check(data.NYUD, root, tmp_path / "sheet.png") == 0
-    for file in (root / "normals").iterdir():
-        right, forward, up = np.moveaxis(np.load(file), 2, 0)
-        np.save(file, np.stack([right, -up, -forward], axis=2))  # right, down, towards the camera
-    capsys.readouterr()
-    assert data.check(data.NYUD, root, tmp_path / "sheet.png") == 2
-    assert "train normals do not fit the depth. Expected axes: x right" in capsys.readouterr().out
+    for axes in (
+        "right, down, towards the camera",
+        "right, forward, down",
+        "left, forward, up",
+        "up, left, towards the camera",
+    ):
+        for file in (root / "normals").iterdir():
+            right, forward, up = np.moveaxis(np.load(rooms / "normals" / file.name), 2, 0)
+            known = {"right": right, "left": -right, "down": -up, "up": up}
+            known |= {"forward": forward, "towards the camera": -forward}
+            np.save(file, np.stack([known[axis] for axis in axes.split(", ")], axis=2))
+        capsys.readouterr()
+        assert data.check(data.NYUD, root, tmp_path / "sheet.png") == 1
+        said = capsys.readouterr().out
+        assert f"normals do not fit the depth: their axes seem to be {axes}; expec" in said
 
 
 # ==================================================================================================
