@@ -236,7 +236,7 @@ def read_array(path: Path, ndim: int) -> Array:
         # Memory-mapped: a header that promises more than the file holds is then an error, not an
         # allocation.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy reads a header as Python's text, which fails in many ways
         raise DataError(f"{path} cannot be read as .npy ({error}): unpack it again") from error
     if array.ndim != ndim or array.dtype.kind != "f":
         raise DataError(f"{path} holds {array.dtype} {array.shape}: expected {ndim}-d floats")
@@ -269,7 +269,8 @@ def read_normals(path: Path) -> Array:
     if path.suffix == ".png":
         normals = read_pixels(path, "RGB").astype(np.float32) * (2 / 255) - 1
     else:
-        normals = np.nan_to_num(read_array(path, ndim=3))
+        normals = read_array(path, ndim=3)
+        normals = np.where(np.abs(normals) < 2, normals, 0)  # also what is not a number
     if normals.shape[2] != 3:
         raise DataError(f"{path} has {normals.shape[2]} channels: a normal has 3")
     length = np.linalg.norm(normals, axis=2, keepdims=True)

@@ -1389,6 +1389,44 @@ def test_a_set_cut_short_is_finished_and_nothing_is_overwritten(tmp_path, name):
     assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "rendered.json", "thesis.txt"}
 
 
+@pytest.mark.parametrize("file", [
+    "images/{}.jpg", "segmentation/{}.png", "depth/{}.npy", "normals/{}.npy", "human_parts/{}.mat",
+    "rendered.json", "weights.pt", "weights.safetensors",
+])  # fmt: skip
+def test_damaged_files_are_refused_or_read_but_never_a_traceback(sets, tmp_path, file):
+    """Cut short, with bytes changed, or something else altogether."""
+    name = "figures" if "parts" in file else "rooms"
+    path = sets[name] / file.format(f"{name}_00000")
+    read = {
+        "images": partial(data.read_pixels, mode="RGB"), "segmentation": data.read_nyud_semseg,
+        "depth": data.read_depth, "normals": data.read_normals,
+        "human_parts": partial(data.read_human_parts, size=(64, 96)),
+        "rendered.json": lambda path: data.read_marker(path.parent),
+    }.get(file.split("/")[0], mtcp.read_weights)  # fmt: skip
+    if "weights" in file:
+        path = tmp_path / "whole" / file
+        path.parent.mkdir()
+        save = save_file if path.suffix == ".safetensors" else torch.save
+        save({"a": torch.randn(50)}, path)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    refusals = 0
+    for i in range(60):
+        damaged = np.frombuffer(whole, np.uint8).copy()
+        if i % 3 == 0:
+            damaged = damaged[: rng.integers(len(whole))]
+        elif i % 3 == 1:
+            damaged[rng.integers(min(len(whole), 400), size=9)] = rng.integers(256, size=9)
+        else:
+            damaged = rng.integers(256, size=rng.integers(300)).astype(np.uint8)
+        (tmp_path / path.name).write_bytes(damaged.tobytes())
+        try:
+            read(tmp_path / path.name)
+        except (data.DataError, mtcp.WeightsError):
+            refusals += 1
+    assert refusals >= 30
+
+
 def test_check_passes_what_is_whole(sets, tmp_path, capsys):
     assert data.check(data.NYUD, sets["rooms"], tmp_path / "rooms.png") == 0
     said = capsys.readouterr().out

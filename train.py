@@ -59,7 +59,7 @@ class Recipe:
     epochs: int = 5
     batch_size: int = 4  # small, for more steps
     lr: float = 2e-3  # of AdamW, at its highest
-    warmup: int = 100  # steps, at most a quarter of all; this learning rate needs them
+    warmup: int = 100  # steps, without which training would not survive this learning rate
     kappa: float = 1.6  # spread of the LPS weights; 7.5 is too jumpy where epochs are few
     scales: tuple[float, ...] = (1.0,)  # of the random zoom; a few epochs need none
     degrees: float = 0.0  # of the random rotation, either way
@@ -361,7 +361,7 @@ def make_optimizer(model: nn.Module, balancer: nn.Module, lr: float, warmup: int
     ]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")  # one kernel for all tensors
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=fused)
-    factor = partial(lr_factor, total=steps, warmup=min(warmup, steps // 4))
+    factor = partial(lr_factor, total=steps, warmup=warmup)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
