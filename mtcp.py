@@ -113,6 +113,19 @@ PRESETS = {
     "paper": MTCPConfig(),
     # The same decoders on a plain ViT with foundation-model weights (DINOv2, Oquab et al. 2024).
     "vit": MTCPConfig(backbone="vit_base_patch14_reg4_dinov2"),
+    # For real data on a laptop: a small ViT with such weights, and narrow decoders.
+    "small": MTCPConfig(
+        backbone="vit_small_patch14_dinov2",
+        drop_path=0.1,
+        width=64,
+        pixel_layers=2,
+        pixel_ffn=256,
+        attention_heads=4,
+        queries=32,
+        query_layers=3,
+        query_ffn=256,
+        cfm_stride=2,
+    ),
     # The same topology at a size that two CPU cores train from scratch in minutes.
     "toy": MTCPConfig(
         backbone="swin_tiny_patch4_window7_224",

@@ -1940,7 +1940,7 @@ def complaint_of(flags: str, capsys) -> str:
 
 @pytest.mark.parametrize("flags,said", [
     ("--dataset nyud", "--start FILE"),
-    ("--preset vit", "--start pretrained"),
+    ("--preset vit", "--start pretrained"), ("--preset small", "--start pretrained"),
     ("--dataset nyud --start scratch", "data/nyud/gt_sets/train.txt not found"),
     ("--dataset nyud --root no --start scratch", "no/gt_sets/train.txt not"),
     ("--backbone swim_tiny", "no model of timm"),

@@ -223,7 +223,7 @@ def refuse_bad_flags(args: argparse.Namespace, names: list[str], parser) -> None
         parser.error(f"--device {args.device} is not there ({reason}); cpu always is")
     if args.backbone is not None and not timm.is_model(args.backbone):
         parser.error(f"--backbone {args.backbone} is no model of timm; see timm.list_models()")
-    if args.start is None and args.preset in ("paper", "vit") and not args.eval:
+    if args.start is None and args.preset in ("paper", "vit", "small") and not args.eval:
         parser.error(
             f"preset {args.preset} from random weights reaches none of the published figures. "
             "Where shall it start?\n"
