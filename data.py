@@ -278,7 +278,7 @@ def read_normals(path: Path) -> Array:
     stored = length > 0.05
     if path.suffix == ".npy" and np.sum(stored & (np.abs(length - 1) > 0.05)) > 0.2 * stored.sum():
         raise DataError(f"{path} holds vectors that are not unit vectors: no map of normals")
-    return normals * np.where(length < 0.5, np.float32(0), 1 / np.maximum(length, 0.5))
+    return np.where(length < 0.5, np.float32(0), normals / np.maximum(length, 1e-6))
 
 
 def read_voc_semseg(path: Path) -> Array:
@@ -444,7 +444,7 @@ class DenseDataset(Dataset):
         are like that. Such a label is brought to its image's size; `resized` counts them.
         """
         pixels = torch.from_numpy(read_pixels(self.path("image", stem), "RGB"))
-        image = pixels.permute(2, 0, 1) / 255
+        image = pixels.permute(2, 0, 1).contiguous() / 255
         size = tuple(image.shape[1:])
         sample = {"image": image, "name": stem, "size": torch.tensor(size)}
         for task in self.tasks:
@@ -841,8 +841,8 @@ def smooth_surface(depth: Tensor, normals: Tensor) -> Tensor:
 def check(kind: type[DenseDataset], root: Path, sheet: Path) -> int:
     """Reads every file of both splits, prints what is there; returns the number of problems."""
     problems = []
-    rows = []
-    fit = torch.zeros(3, 3)
+    rows = []  # of the contact sheet
+    fit = torch.zeros(3, 3)  # see normals_and_depth
     splits = [kind(root, split, complete=False) for split in ("train", "val")]
     if all("image" not in d.missing() for d in splits):
         try:
@@ -850,38 +850,7 @@ def check(kind: type[DenseDataset], root: Path, sheet: Path) -> int:
         except DataError as error:
             problems.append(str(error))
     for dataset, split in zip(splits, ("train", "val"), strict=True):
-        print(f"{split}: {len(dataset)} stems, layout {dataset.layout}")
-        missing = dataset.missing()
-        for key, files in missing.items():
-            found = f"{len(files)} of {len(dataset)} files missing, the first is {files[0]}"
-            problems.append(f"{split} {key}: {found}")
-        absent = {path.stem for files in missing.values() for path in files}
-        seen = {task: Seen() for task in dataset.tasks}
-        unreadable = {}  # what is said, without what differs from file to file → the first, number
-        stems = [s for s in dataset.stems if s not in absent]
-        for i, stem in enumerate(tqdm(stems, desc=f"reading {split}")):
-            try:
-                sample = dataset.read(stem)
-            except DataError as error:
-                same = re.sub(r"\d[\d.]*", "", str(error).replace(stem, ""))
-                first, n = unreadable.get(same, (str(error), 0))
-                unreadable[same] = (first, n + 1)
-                continue
-            for task in dataset.tasks:
-                seen[task].add(sample[task], LABELS[task].valid(sample[task]))
-            if i % max(1, len(stems) // 50) == 0:
-                fit += normals_and_depth(sample, dataset)
-            if i % max(1, len(stems) // 2) == 0:
-                sample = normalise(sample)
-                rows.append([picture(k, sample[k]) for k in ("image", *dataset.tasks)])
-        for first, n in unreadable.values():
-            problems.append(first + (f" (and {n - 1} more files like it)" if n > 1 else ""))
-        for task in dataset.tasks:
-            print(f"  {task}: {seen[task].describe(kind.classes.get(task))}")
-            if dataset.resized[task]:
-                print(f"    {dataset.resized[task]} labels a pixel or two off their image's size")
-            if not seen[task].valid:
-                problems.append(f"{split} {task}: not one valid pixel")
+        problems += check_split(dataset, split, rows, fit)
     axes = axes_of_normals(fit)
     if axes != AXES:
         found = f"their axes seem to be {', '.join(axes)}; expected {', '.join(AXES)}"
@@ -895,6 +864,44 @@ def check(kind: type[DenseDataset], root: Path, sheet: Path) -> int:
             raise DataError(f"--sheet {sheet} cannot be written ({error})") from error
         print(f"a few samples: {sheet}")
     return len(problems)
+
+
+def check_split(dataset: DenseDataset, split: str, rows: list, fit: Tensor) -> list[str]:
+    """The problems of one split. Adds to `rows` and to `fit`."""
+    print(f"{split}: {len(dataset)} stems, layout {dataset.layout}")
+    missing = dataset.missing()
+    problems = [
+        f"{split} {key}: {len(files)} of {len(dataset)} files missing, the first is {files[0]}"
+        for key, files in missing.items()
+    ]
+    absent = {path.stem for files in missing.values() for path in files}
+    stems = [s for s in dataset.stems if s not in absent]
+    seen = {task: Seen() for task in dataset.tasks}
+    unreadable = {}  # what is said, without what differs from file to file → the first, number
+    for i, stem in enumerate(tqdm(stems, desc=f"reading {split}")):
+        try:
+            sample = dataset.read(stem)
+            if i % max(1, len(stems) // 50) == 0:
+                fit += normals_and_depth(sample, dataset)
+        except DataError as error:
+            same = re.sub(r"\d[\d.]*", "", str(error).replace(stem, ""))
+            first, n = unreadable.get(same, (str(error), 0))
+            unreadable[same] = (first, n + 1)
+            continue
+        for task in dataset.tasks:
+            seen[task].add(sample[task], LABELS[task].valid(sample[task]))
+        if i % max(1, len(stems) // 2) == 0:
+            sample = normalise(sample)
+            rows.append([picture(k, sample[k]) for k in ("image", *dataset.tasks)])
+    for first, n in unreadable.values():
+        problems.append(first + (f" (and {n - 1} more files like it)" if n > 1 else ""))
+    for task in dataset.tasks:
+        print(f"  {task}: {seen[task].describe(dataset.classes.get(task))}")
+        if dataset.resized[task]:
+            print(f"    {dataset.resized[task]} labels a pixel or two off their image's size")
+        if not seen[task].valid:
+            problems.append(f"{split} {task}: not one valid pixel")
+    return problems
 
 
 AXES = ("right", "forward", "up")

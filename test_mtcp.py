@@ -1446,6 +1446,10 @@ def test_check_finds_what_is_broken(tmp_path, capsys, monkeypatch):
     assert "val semseg: 1 of 1 files missing" in said
     assert "0003.npy holds vectors that are not unit vectors" in said
     assert "0007.npy cannot be read" in said
+    write_nyud(tmp_path / "m", "NYUD_MT")
+    (tmp_path / "m/images/0003.jpg").write_bytes(b"")  # the first one tells the size of all
+    assert data.check(data.NYUD, tmp_path / "m", tmp_path / "sheet.png") >= 1
+    assert "0003.jpg is no readable image" in capsys.readouterr().out
     for flags, status in (
         (f"check --root {root} --sheet {tmp_path / 'sheet.png'}", 1),
         (f"check --root {root} --sheet {tmp_path / 'sheets/sheet.png'}", 1),
