@@ -238,7 +238,9 @@ def read_array(path: Path, ndim: int) -> Array:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy reads a header as Python's text, which fails in many ways
         raise DataError(f"{path} cannot be read as .npy ({error}): unpack it again") from error
-    if array.ndim != ndim or array.dtype.kind != "f":
+    if not isinstance(array, Array):
+        raise DataError(f"{path} is an .npz in truth: expected one array")
+    if array.ndim != ndim or array.dtype.kind != "f" or not array.size:
         raise DataError(f"{path} holds {array.dtype} {array.shape}: expected {ndim}-d floats")
     return np.array(array, dtype=np.float32)
 
@@ -551,7 +553,7 @@ README.md, section "Real data", says where the archive is described."""
         # Decoding thousands of .mat files is slow: a PNG is kept of each. It says what it was made
         # from. "Newer than the .mat" would not do: an archive gives its files their old dates back.
         cached = self.cache / f"{stem}.png"
-        made_from = f"{source.stat().st_size} {source.stat().st_mtime_ns} {size}"
+        made_from = f"{source.stat().st_size} {source.stat().st_mtime_ns} {size} {PART_NAMES}"
         try:
             with Image.open(cached) as image:
                 if image.info.get("source") == made_from:
@@ -643,9 +645,12 @@ def save(path: Path, write: Callable) -> None:
     """write(file) into another file, then rename: `path` is whole or absent, even after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        write(file)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # what is left of a write that failed
 
 
 def save_text(path: Path, text: str) -> None:
@@ -770,7 +775,7 @@ def make_loader(
         shuffle=shuffle,
         num_workers=workers,
         generator=torch.Generator().manual_seed(seed),
-        # a last batch of one has no statistics for BatchNorm
+        # all steps of an epoch are of one size
         drop_last=shuffle and len(dataset) >= batch_size,
         pin_memory=torch.cuda.is_available(),
     )
@@ -910,11 +915,17 @@ OPPOSITE = {"right": "left", "forward": "towards the camera", "up": "down"}
 
 def normals_and_depth(sample: dict, dataset: DenseDataset) -> Tensor:
     """(3,3): mean product of axis i of the depth's normals and channel j of the normals; or 0."""
-    if dataset.intrinsics() is None or not {"depth", "normals"} <= sample.keys():
+    if not {"depth", "normals"} <= sample.keys():
+        return torch.zeros(3, 3)
+    try:
+        intrinsics = dataset.intrinsics()
+    except DataError:  # of the first image, which gives the size: named when it is read itself
+        intrinsics = None
+    if intrinsics is None:
         return torch.zeros(3, 3)
     # At about 128 pixels a row: between neighbours of a real sensor's pixels there is mostly noise.
     k = max(1, sample["depth"].shape[-1] // 128)
-    fx, fy, cx, cy = dataset.intrinsics()
+    fx, fy, cx, cy = intrinsics
     intrinsics = (fx / k, fy / k, (cx + 0.5) / k - 0.5, (cy + 0.5) / k - 0.5)
     depth = F.avg_pool2d(sample["depth"][None], k)
     normals = F.avg_pool2d(sample["normals"][None], k)

@@ -1187,10 +1187,10 @@ def listed(names: list[str]) -> str:
 
 def read_checkpoint(path: Path):
     """What is in a .safetensors file or a file of torch.save. WeightsError if it cannot be read."""
-    if path.suffix == ".pkl":
+    if path.suffix.lower() == ".pkl":
         raise WeightsError("a pickle, as of Detectron2, can run code: get it as .safetensors")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return load_file(path)
         return torch.load(path, "cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -1217,7 +1217,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     tensors = read_checkpoint(path)
     for key in ("model", "state_dict"):
         tensors = tensors.get(key, tensors) if isinstance(tensors, dict) else tensors
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not named or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise WeightsError("holds something else than tensors by name")
     for prefix in ("module.", "_orig_mod.", "module."):  # one may stand inside the other
         if all(name.startswith(prefix) for name in tensors):

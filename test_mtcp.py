@@ -841,6 +841,9 @@ def test_what_no_label_can_hold_is_refused(tmp_path):
     ):
         put(tmp_path / name, content)
         refused(said, read, tmp_path / name)
+    np.savez(tmp_path / "a.npz", np.ones((4, 4)))
+    shutil.move(tmp_path / "a.npz", tmp_path / "a.npy")
+    refused("an .npz in truth", data.read_depth, tmp_path / "a.npy")
     header = {"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**6)}
     with open(tmp_path / "huge.npy", "wb") as f:
         np.lib.format.write_array_header_1_0(f, header)
@@ -1449,7 +1452,8 @@ def test_check_finds_what_is_broken(tmp_path, capsys, monkeypatch):
     write_nyud(tmp_path / "m", "NYUD_MT")
     (tmp_path / "m/images/0003.jpg").write_bytes(b"")  # the first one tells the size of all
     assert data.check(data.NYUD, tmp_path / "m", tmp_path / "sheet.png") >= 1
-    assert "0003.jpg is no readable image" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "0003.jpg is no readable image" in said and "not one valid" not in said
     for flags, status in (
         (f"check --root {root} --sheet {tmp_path / 'sheet.png'}", 1),
         (f"check --root {root} --sheet {tmp_path / 'sheets/sheet.png'}", 1),
@@ -1740,6 +1744,7 @@ def test_schedule():
     assert train.lr_factor(0, 100, 0) == 1 and train.lr_factor(100, 100, 0) == 0
     close(train.lr_factor(50, 100, 0), 0.5**0.9)
     close(train.lr_factor(0, 100, 9), 0.1)
+    assert train.lr_factor(101, 100, 0) == 0
 
 
 # ==================================================================================================
@@ -1786,6 +1791,41 @@ def test_a_run_writes_its_folder_and_repeats_and_resumes_exactly(rooms, tmp_path
     ends = [train.load_checkpoint(folder / "last.pt")["model"] for folder in (a, b)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     refused("not empty", run, rooms, b)
+
+
+@pytest.mark.parametrize("when", ["gradient", "weight"])
+def test_what_is_not_finite_replaces_no_checkpoint(rooms, tmp_path, monkeypatch, when):
+    """In the second epoch: an infinite gradient, or a step to where there are no numbers."""
+    out = tmp_path / "run"
+    clip = nn.utils.clip_grad_norm_
+
+    def poisoned(parameters, limit):
+        first = next(parameters)
+        norm = clip([first], limit)
+        if (out / "last.pt").exists():
+            if when == "gradient":
+                return norm * math.inf
+            first.data.fill_(math.nan)
+        return norm
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", poisoned)
+    with pytest.raises(FloatingPointError, match="a lower --lr"):
+        run(rooms, out, "--epochs", "2", "--tasks", "normals", "--batch-size", "11")
+    assert train.load_checkpoint(out / "last.pt")["epoch"] == 0
+    assert all(v.isfinite().all() for v in train.load_checkpoint(out / "best.pt")["model"].values())
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
+    (tmp_path / "a.pt").write_text("the old one")
+
+    def full(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        data.save(tmp_path / "a.pt", full)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+    assert (tmp_path / "a.pt").read_text() == "the old one"
 
 
 @pytest.mark.parametrize("flags", [
@@ -2001,6 +2041,9 @@ def test_bad_flags_get_one_sentence_and_status_2(tmp_path, monkeypatch, capsys, 
     ("x", b"", "--eval RUN/best.pt --dataset figures", "has learned depth of rooms"),
     ("x", b"", "--eval RUN/best.pt --tasks semseg", "has learned depth: --tasks takes some"),
     ("x", b"", "--eval RUN/best.pt --root RUN", "gt_sets/train.txt not found"),
+    ("x", b"", "--eval RUN/best.pt --no-cfm", "as it was trained: drop --no-cfm"),
+    ("last.pt", None, "--out RUN --resume", "is a finished run without its last.pt"),
+    ("last.pt", "best.pt", "--out RUN --resume", "last.pt has no ['balancer', 'best', 'opti"),
 ])  # fmt: skip
 def test_a_damaged_run_folder_gets_one_sentence(
     rooms, finished, tmp_path, monkeypatch, capsys, file, content, flags, said
@@ -2012,6 +2055,8 @@ def test_a_damaged_run_folder_gets_one_sentence(
         path.unlink()
     elif isinstance(content, dict):
         torch.save(content, path)
+    elif content == "best.pt":
+        shutil.copy(path.parent / content, path)
     else:
         path.write_bytes(content)
     before = files(tmp_path)

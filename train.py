@@ -143,6 +143,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 OWN = ("out", "resume", "eval", "single")  # of this call alone, never taken from a saved run
 FREE = (*OWN, "root", "workers", "device")  # may differ with --resume: they change no result
+EVALUATION = ("dataset", "root", "tasks", "size", "batch_size", "workers", "device", "amp", "out",
+              "eval", "single")  # may be typed with --eval  # fmt: skip
 
 
 def same_run(args: argparse.Namespace, saved: dict, parser: argparse.ArgumentParser) -> dict:
@@ -173,6 +175,10 @@ def evaluated_run(args: argparse.Namespace) -> dict:
     saved = content["args"]
     if saved.get("dataset") not in RECIPES:
         raise DataError(f"{args.eval} is of no dataset that is known here")
+    for key, typed in vars(args).items():
+        if was_typed(typed) and key not in EVALUATION:
+            flag = as_typed(key, typed).removeprefix("with ")
+            raise DataError(f"{args.eval} is evaluated as it was trained: drop {flag}")
     dataset = args.dataset or saved["dataset"]
     known = {t.name: asdict(t) for t in RECIPES[dataset].tasks}
     learned = [t["name"] for t in content["tasks"]]
@@ -185,7 +191,7 @@ def evaluated_run(args: argparse.Namespace) -> dict:
         raise DataError(f"{args.eval} has learned {' '.join(learned)}: --tasks takes some of these")
     if dataset != saved["dataset"]:
         saved["root"] = None  # another dataset lies elsewhere
-    return saved
+    return {**saved, "device": None}  # of this machine
 
 
 def holds_something(folder: Path) -> bool:
@@ -284,7 +290,8 @@ def require_rows(tasks: tuple[Task, ...], kind: type[data.DenseDataset]) -> None
             "data.LABELS": (t.name, data.LABELS),
             f"{kind.__name__}.readers": (t.name, kind.readers),
         }
-        tables |= {f"{kind.__name__}.layouts": (t.name, files) for files in kind.layouts.values()}
+        for name, files in kind.layouts.items():
+            tables[f"{kind.__name__}.layouts[{name!r}]"] = (t.name, files)
         for table, (row, rows) in tables.items():
             if row not in rows:
                 raise DataError(f"task {t.name}: {table} has no row {row!r}")
@@ -370,7 +377,7 @@ def lr_factor(step: int, total: int, warmup: int) -> float:
 
     D15: a step at a time; the release decays once an epoch.
     """
-    return min(1.0, (step + 1) / (warmup + 1)) * (1 - step / total) ** POLY_POWER
+    return min(1.0, (step + 1) / (warmup + 1)) * max(0.0, 1 - step / total) ** POLY_POWER
 
 
 # ==================================================================================================
@@ -829,7 +836,10 @@ def read_json(path: Path) -> dict:
 
 
 def save_checkpoint(path: Path, **content) -> None:
-    data.save(path, lambda f: torch.save(content, f))
+    try:
+        data.save(path, lambda f: torch.save(content, f))
+    except RuntimeError as error:  # torch's word for a full disk
+        raise OSError(f"{path} cannot be written; is the disk full? ({error})") from error
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -894,10 +904,14 @@ def results_table(tasks: tuple[Task, ...], report: dict) -> str:
     return "\n".join(lines)
 
 
-def require_finite(total: Tensor, losses: dict[str, Tensor]) -> None:
-    if not torch.isfinite(total):
-        values = {t: round(loss.item(), 3) for t, loss in losses.items()}
-        raise FloatingPointError(f"the loss is {total.item()} ({values}): try a lower --lr")
+def require_finite(values: Tensor, losses: dict[str, Tensor]) -> None:
+    """FloatingPointError if a total loss, a gradient's norm or weights are not finite."""
+    if not torch.isfinite(values).all():
+        last = {t: round(loss.item(), 3) for t, loss in losses.items()}
+        raise FloatingPointError(
+            f"training has left the finite numbers (losses of the last step: {last}): "
+            "begin a new run with a lower --lr"
+        )
 
 
 class Run:
@@ -917,6 +931,9 @@ class Run:
         self.best = -math.inf
         if (self.out / "last.pt").is_file():
             saved = load_checkpoint(self.out / "last.pt")
+            absent = {*self.parts, "epoch", "best"} - saved.keys()
+            if absent:
+                raise DataError(f"{self.out}/last.pt has no {sorted(absent)}: is it a best.pt?")
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             self.next_epoch = saved["epoch"] + 1
@@ -924,7 +941,8 @@ class Run:
             config = read_json(self.out / "config.json")
             if config["epochs"] != args.epochs:
                 print(f"schedule stretched from {config['epochs']} to {args.epochs} epochs")
-        save_json(self.out / "config.json", {**config, "epochs": args.epochs})
+        here = {"epochs": args.epochs, "root": str(args.root)}
+        save_json(self.out / "config.json", {**config, **here})
         print(f"{self.out}: {parameters(model) / 1e6:.1f} M parameters, from {start}")
         print(table_row("epoch", *(c for t in model.tasks for c in (t.name, "weight", t.metric))))
 
@@ -981,11 +999,14 @@ def main(args: argparse.Namespace) -> dict:
     recipe = RECIPES[args.dataset]
     tasks = tuple(t for t in recipe.tasks if t.name in args.tasks)
     single = single_task_results(args.single, args.dataset, tasks) if args.single else None
-    if args.resume and (args.out / "last.pt").is_file():
+    begun = args.resume and (args.out / "last.pt").is_file()
+    if args.resume and not begun and (args.out / "metrics.json").is_file():
+        raise DataError(f"{args.out} is a finished run without its last.pt: choose another --out")
+    if begun:
         model, start = load_model(args.out / "last.pt"), "last.pt"
     else:
         model, start = make_started_model(tasks, make_config(args), args.start)
-    if args.dataset in data.WRITERS:
+    if args.dataset in data.WRITERS and not begun:
         data.ensure_set(args.dataset, args.root)
     sets = make_datasets(args.dataset, args.root, args.tasks, args.size, args.seed)
     train_set, plain_set, held_out_set, test_set = sets
@@ -1020,11 +1041,14 @@ def main(args: argparse.Namespace) -> dict:
             optimizer.zero_grad()
             total.backward()
             # D13: before the step. The release clips after it on PASCAL, which does nothing.
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+            require_finite(norm, losses)
             optimizer.step()
             scheduler.step()
             for t, loss in losses.items():
                 means[t] += loss.item() / len(loader)
+        # Before anything is saved: a last step may have led to where no loss is seen any more.
+        require_finite(torch.stack([p.detach().abs().max() for p in model.parameters()]), losses)
         weights = balancer.weights.tolist()  # those that this epoch was trained with
         balancer.end_epoch()
         # D14: held-out training images choose the epoch. The release uses the test split.
@@ -1085,6 +1109,9 @@ def cli(argv: list[str] | None = None) -> int:
             raise
         reason = str(error).splitlines()[0]
         print(f"a process that loads data has died ({reason}): try --workers 0", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped; go on by --resume --out with the folder of the run", file=sys.stderr)
+        return 130
     else:
         return 0
     return 2
