@@ -13,7 +13,7 @@ Whatever the archive, one sample is a dict of
 
 of which only the labels that were asked for are read. What is on disk is not trusted: nothing is
 unpickled, no size is believed before it is compared, and every complaint (DataError) names the file
-and says what to do about it.
+and what is wrong with it.
 
     python data.py rooms --out data/rooms             render a stand-in, rooms or figures
     python data.py check --dataset nyud --root DIR    is this archive complete and sane?
@@ -642,7 +642,7 @@ def hold_out(stems: list[str], share: float) -> tuple[list[str], list[str]]:
 
 
 def save(path: Path, write: Callable) -> None:
-    """write(file) into another file, then rename: `path` is whole or absent, even after a crash."""
+    """write(file) into another file, then rename: `path` is whole, or as before, or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

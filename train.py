@@ -142,13 +142,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 OWN = ("out", "resume", "eval", "single")  # of this call alone, never taken from a saved run
-FREE = (*OWN, "root", "workers", "device")  # may differ with --resume: they change no result
+FREE = (*OWN, "root", "workers", "device")  # may differ with --resume: the same data, elsewhere
 EVALUATION = ("dataset", "root", "tasks", "size", "batch_size", "workers", "device", "amp", "out",
               "eval", "single")  # may be typed with --eval  # fmt: skip
 
 
 def same_run(args: argparse.Namespace, saved: dict, parser: argparse.ArgumentParser) -> dict:
-    """The flags a run was begun with. Exits if other ones were typed now."""
+    """The flags a run was begun with. Exits if other ones were typed now, or if last.pt is lost."""
+    if (args.out / "metrics.json").is_file() and not (args.out / "last.pt").is_file():
+        raise DataError(f"{args.out} is a finished run without its last.pt: choose another --out")
     absent = vars(args).keys() - saved.keys()
     if absent:
         raise DataError(f"{args.out}/config.json is damaged: it has no {sorted(absent)[0]}")
@@ -1000,8 +1002,6 @@ def main(args: argparse.Namespace) -> dict:
     tasks = tuple(t for t in recipe.tasks if t.name in args.tasks)
     single = single_task_results(args.single, args.dataset, tasks) if args.single else None
     begun = args.resume and (args.out / "last.pt").is_file()
-    if args.resume and not begun and (args.out / "metrics.json").is_file():
-        raise DataError(f"{args.out} is a finished run without its last.pt: choose another --out")
     if begun:
         model, start = load_model(args.out / "last.pt"), "last.pt"
     else:
@@ -1028,7 +1028,7 @@ def main(args: argparse.Namespace) -> dict:
         loader = data.make_loader(
             train_set, args.batch_size, shuffle=True, seed=args.seed + epoch, workers=args.workers
         )
-        means = dict.fromkeys(model.names, 0.0)
+        seen = {t: [] for t in model.names}
         model.train()
         for batch in tqdm(loader, desc=f"epoch {epoch + 1}", leave=False):
             images = batch["image"].to(args.device, memory_format=torch.channels_last)
@@ -1046,10 +1046,12 @@ def main(args: argparse.Namespace) -> dict:
             optimizer.step()
             scheduler.step()
             for t, loss in losses.items():
-                means[t] += loss.item() / len(loader)
+                if loss > 0:  # exactly 0: no pixel of this batch says anything
+                    seen[t].append(loss.item())
         # Before anything is saved: a last step may have led to where no loss is seen any more.
         require_finite(torch.stack([p.detach().abs().max() for p in model.parameters()]), losses)
-        weights = balancer.weights.tolist()  # those that this epoch was trained with
+        means = {t: float(np.mean(values)) if values else math.nan for t, values in seen.items()}
+        weights = balancer.weights.tolist()  # of this epoch's last step, before they change
         balancer.end_epoch()
         # D14: held-out training images choose the epoch. The release uses the test split.
         results = evaluate(model, tasks, held_out, args.device, args.amp)
