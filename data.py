@@ -16,10 +16,11 @@ unpickled, no size is believed before it is compared, and every complaint (DataE
 and what is wrong with it.
 
     python data.py rooms --out data/rooms             render a stand-in, rooms or figures
+    python data.py nyud --mat FILE --out data/nyud    real NYUD-v2 from its official file
     python data.py check --dataset nyud --root DIR    is this archive complete and sane?
 
 In this order: what a label is → readers, one a file format → datasets → transforms → loaders →
-check → the rendered world → rendered sets on disk → the command line.
+check → the rendered world → rendered sets on disk → NYUD-v2's official file → the command line.
 """
 
 import argparse
@@ -1691,6 +1692,157 @@ def read_marker(out: Path) -> dict | None:
 
 
 # ==================================================================================================
+# NYUD-v2 from its official file: python data.py nyud
+# ==================================================================================================
+
+# The official split of the 1449 images: bit i - 1 is set where image i is one of the 795 to train
+# on. It is `trainNdxs` of the authors' splits.mat (Silberman et al., ECCV 2012).
+NYUD_TRAINING = int(
+    "fe1f0fc03e01807ffe67f0e3f030fff9f018800f03fe001c3ff8c1f07000f07f031981c0007f38038fe1010070"
+    "03fffce67f9c7f8ff1f0f83ffe018c3ff8ff871f8ff1ffffffff8fc0f1c000ff8fc1f07ff80000003fff3fc307"
+    "ce01f8cc1e06073c79e7c0ffe0e783fc3f83f800038ff8e3c00207ffffffe00c1fff00f81fffc3ffe3c07ffff0"
+    "033fff800fe31fc07fe03e3f7ffdffffffc7f03c000007023ff8fffec20f8ffffff80787ff827f980007ec1efc",
+    16,
+)
+NYUD_IMAGES = 1449
+# The class 1…40 of each of the 894 original ones (Gupta et al., CVPR 2013): character k - 1 stands
+# for original class k, "1" for 1, and so on in ASCII up to "X" for 40.
+NYUD_CLASS_OF = (
+    "XX3F5X<VXX2WXXJXHX7X1XXRVMX8XXXXVXX>XVXXX?WXNXXWXWVXVXUXVV9XXVX;VXXXXXXXXXXXXXV=XX6XGXW:@XXX"
+    "XVXXXXXXXXXVXWXXXXWVXXXXXXBXXCLQXXXXXXXXXVKTXXXXEXDSXXXXXXXXVXXX4PXXWXWXXXXXAXXIXWXXXXXXXXWX"
+    "XXXXXXXXXXXXXXXXXXXWXXXXXXXXXWVVXXWXWXVWVXXXXXXXXXXWXVXXVVXXXXXXXXXXXXXVXXXXXWXXXXXXXXXXXXXX"
+    "XWXXXXXXXXXXXXWXXXVXXWXXVXXXXXXXXXXXWXXXXXXXXXXXXXXXXXOXXXXXXXVXXVWWXXXXXXXXXVXWXXWXXXVXXXXX"
+    "XXXVWXXXXXXVXXXXXXXXXXXVWXXXXXXXWXXXXXXVXXXVXWXXXWWXXXXXXXXXXWXXXXXXXXXXXXWWXXWWXXXXVXXVWWXW"
+    "XWVXXXXXXXXXXXWXVXWXXXXXWWXXXXXXWWXXVWWXXXXXXXXXWWXXXXWXXXXXWXXWXXXXXXXXXXXXXXXWVXXXXXXXWVWX"
+    "VWXWXWXXXXXXXXVXXXXXVXXWXXXWXVXXXXXXXXVXXXXXXXXXXXXXXXXWVXXVXXVXXXXXXXXXWXXXXXXXXXXXXXXXXVXX"
+    "VXXXXXXXXXXXVVVXXXVXXXVVXXXXXXXXXXXXXXXXXVXXXXXXXXXXXXXVXVWXXXXXXXXXXXXXXXXXXXXXXXXXXXXXXWXX"
+    "XXXXXXXXXXXXXXXXXXXXXXXXXXXXXXXXXWXWXXXXVVXXXVXXXXXXXXXXXXXXWXXWXXWWXXXXXXXXWWWXXXXWXXXXXXXX"
+    "WXXXXXWXXXXXXXXXXXXXXVXXXXXXXWXXVXWXXXXVXXXXXVXXXXXXXWXXXXXXXXXWXX"
+)
+NYUD_FRAME = (slice(44, 471), slice(40, 601))  # rows, columns that the depth camera saw
+# Of the plane fit: a disc of so many pixels, of which every second row and column is read.
+RADIUS, STEP = 14, 2
+SIGMA = 7.0  # pixels: how fast a neighbour's weight falls with its distance
+GATE = 0.03  # and with the relative difference of its inverse depth
+
+
+def fit_normals(depth: Array) -> Array:
+    """Metres float32 (H,W) without holes → unit normals (H,W,3); x right, y forward, z up.
+
+    On a plane, inverse depth q is linear in the pixel: q(u + du, v + dv) = q · (1 + a·du + b·dv).
+    So each pixel gets a and b, and an offset c for the noise of its own depth, by a weighted
+    least-squares fit to its neighbourhood. Neighbours in front of the surface or behind it count
+    little.
+
+    These are not measured normals: they are as smooth as the window, and round off edges.
+    """
+    fx, fy, cx, cy = nyu_intrinsics(*depth.shape)
+    H, W = depth.shape
+    q = 1 / torch.from_numpy(depth)
+    padded = F.pad(q, (RADIUS,) * 4)  # 0 is infinitely far away: no weight
+    sums = torch.zeros(9, H, W)
+    offsets = range(-RADIUS, RADIUS + 1, STEP)
+    for dv, du in product(offsets, offsets):
+        square = du * du + dv * dv
+        if square > RADIUS * RADIUS:
+            continue
+        top, left = RADIUS + dv, RADIUS + du
+        e = padded[top : top + H, left : left + W] / q - 1
+        w = torch.exp(-square / (2 * SIGMA**2) - e.square() / (2 * GATE**2))
+        we = w * e
+        for total, factor in zip(sums[:6], (1, du, dv, du * du, du * dv, dv * dv), strict=True):
+            total.add_(w, alpha=factor)
+        for total, factor in zip(sums[6:], (1, du, dv), strict=True):
+            total.add_(we, alpha=factor)
+    n, u, v, uu, uv, vv, e, eu, ev = sums.double()
+    # Moments about the means: the offset c drops out, and two unknowns are left.
+    uu, uv, vv = uu - u * u / n, uv - u * v / n, vv - v * v / n
+    eu, ev = eu - e * u / n, ev - e * v / n
+    det = (uu * vv - uv * uv).clamp(min=1e-6)  # 0 where nothing near lies at this depth: a = b = 0
+    a, b = (vv * eu - uv * ev) / det, (uu * ev - uv * eu) / det
+    c = (e - a * u - b * v) / n
+    # In space, the plane is A·x + B·y + C·z = const, x right, y down, z forward.
+    A, B = a * fx, b * fy
+    C = 1 + c - A * ((torch.arange(W) - cx) / fx) - B * ((torch.arange(H) - cy) / fy)[:, None]
+    return F.normalize(torch.stack([-A, -C, B], dim=-1), dim=-1).numpy()
+
+
+def require_official_file(mat: Path) -> None:
+    """DataError unless `mat` is nyu_depth_v2_labeled.mat, as far as its header tells."""
+    h5py = import_h5py()
+    if not mat.is_file():
+        raise DataError(f"{mat} not found: download nyu_depth_v2_labeled.mat of NYU Depth v2 first")
+    n = NYUD_IMAGES
+    expected = {"images": (n, 3, 640, 480), "depths": (n, 640, 480), "labels": (n, 640, 480)}
+    try:
+        with h5py.File(mat) as file:
+            found = {key: getattr(file.get(key), "shape", None) for key in expected}
+    except OSError as error:  # also where the file is shorter than its header says
+        raise DataError(
+            f"{mat} cannot be read as HDF5 ({error}): download nyu_depth_v2_labeled.mat again"
+        ) from error
+    if found != expected:
+        raise DataError(f"{mat} holds {found}: nyu_depth_v2_labeled.mat holds {expected}")
+
+
+def import_h5py():
+    try:
+        import h5py
+    except ImportError as error:
+        raise DataError("this command, alone of all, needs h5py: pip install h5py") from error
+    return h5py
+
+
+def convert_image(mat: Path, out: Path, index: int) -> str:
+    """Writes image `index` of the official file into `out` unless it is there; returns its stem."""
+    stem = f"{index + 1:04d}"
+    if (out / f"images/{stem}.jpg").exists():
+        return stem
+    try:
+        with import_h5py().File(mat) as file:
+            # MATLAB counts columns first: what it calls (H,W,3,n) arrives as (n,3,W,H).
+            image, depth, label = (file[key][index].T for key in ("images", "depths", "labels"))
+    except OSError as error:
+        raise DataError(f"{mat}: image {stem} cannot be read ({error}): download again") from error
+    classes = np.array([0, *(ord(c) - ord("0") for c in NYUD_CLASS_OF)], np.uint8)
+    if label.max() >= len(classes):
+        raise DataError(f"{mat}: image {stem} has class {label.max()}: the last one is 894")
+    depth = np.ascontiguousarray(depth, dtype=np.float32)
+    if not (np.isfinite(depth).all() and depth.min() > 0):
+        raise DataError(f"{mat}: the depth of image {stem} has holes: `depths` should be filled in")
+    normals = np.zeros((*depth.shape, 3), np.float16)
+    normals[NYUD_FRAME] = fit_normals(depth)[NYUD_FRAME]
+    pixels = np.ascontiguousarray(image)
+    scene = {"nyud": classes[label], "depth": depth, "normals": normals, "image": pixels}
+    write_rooms(out, stem, scene)
+    return stem
+
+
+def convert_nyud(mat: Path, out: Path) -> None:
+    """The official file → the layout NYUD_MT in `out`, with the official split.
+
+    Cut off, it goes on where it stopped. DataError if `mat` is no such file, or `out` something
+    else: nothing is overwritten. Images become JPEG of quality 95, depth is the filled-in `depths`,
+    normals are fitted to it, and are zero outside what the depth camera saw.
+    """
+    require_official_file(mat)
+    marker = out / "converted.json"
+    about = json.dumps({"from": mat.name, "bytes": mat.stat().st_size})
+    if not marker.is_file() and out.exists() and any(out.iterdir()):
+        raise DataError(f"{out} is not empty: choose another --out")
+    if marker.is_file() and marker.read_text() != about:
+        raise DataError(f"{out} was made from another file: choose another --out")
+    save_text(marker, about)
+    with ProcessPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as p:
+        jobs = p.map(partial(convert_image, mat, out), range(NYUD_IMAGES), chunksize=8)
+        stems = list(tqdm(jobs, total=NYUD_IMAGES, desc=f"converting into {out}"))
+    # The lists come last: without them nobody takes this for a whole archive.
+    for split, bit in (("train", 1), ("val", 0)):
+        part = [stem for i, stem in enumerate(stems) if NYUD_TRAINING >> i & 1 == bit]
+        save_text(out / NYUD.lists[split], "\n".join(part))
+
+
+# ==================================================================================================
 # Command line
 # ==================================================================================================
 
@@ -1714,6 +1866,9 @@ def main() -> int:
         command.add_argument("--val", type=int, default=200)
         command.add_argument("--size", type=int, nargs=2, default=(96, 128), metavar=("H", "W"))
         command.add_argument("--seed", type=int, default=0)
+    command = commands.add_parser("nyud", help="convert NYUD-v2's official file to NYUD_MT")
+    command.add_argument("--mat", type=Path, required=True, help="nyu_depth_v2_labeled.mat")
+    command.add_argument("--out", type=Path, default=Path("data/nyud"))
     command = commands.add_parser("check", help="read every file; exit status 1 if any is wrong")
     command.add_argument("--dataset", choices=list(DATASETS), default="nyud")
     command.add_argument("--root", type=Path, help="default: data/DATASET")
@@ -1724,6 +1879,10 @@ def main() -> int:
             root = args.root or Path("data") / args.dataset
             sheet = args.sheet or Path(f"check_{args.dataset}.png")
             return 1 if check(DATASETS[args.dataset], root, sheet) else 0
+        if args.command == "nyud":
+            convert_nyud(args.mat, args.out)
+            print(f"NYUD-v2 in {args.out}; python data.py check --dataset nyud reads it all again")
+            return 0
         if min(args.train, args.val, *args.size) < 1 or args.seed < 0:
             raise DataError("--train, --val, --size take positive numbers, --seed 0 or more")
         render_set(args.command, args.out, args.train, args.val, tuple(args.size), args.seed)

@@ -1585,6 +1585,136 @@ def test_a_new_task_and_dataset_are_trained_and_evaluated(street, tmp_path):
 
 
 # ==================================================================================================
+# data.py: NYUD-v2 from its official file
+# ==================================================================================================
+
+
+def rays() -> tuple[np.ndarray, np.ndarray]:
+    """(480,640,3) each: camera rays of forward component 1 (right, forward, up); the same, unit."""
+    v, u = np.mgrid[:480, :640]
+    x = (u - 325.58) / 518.86
+    ray = np.stack([x, np.ones_like(x), -(v - 253.74) / 519.47], axis=-1)
+    return ray, ray / np.linalg.norm(ray, axis=-1, keepdims=True)
+
+
+def degrees_between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.degrees(np.arccos(np.clip((a * b).sum(axis=-1), -1, 1)))
+
+
+@pytest.mark.parametrize("normal", [(0, -1, 0), (0.6, -0.8, 0), (0, -0.28, 0.96)])
+def test_fitted_normals_of_a_plane(normal):
+    ray, _ = rays()
+    facing = ray @ np.array(normal)  # depth · facing is the same at all points of the plane
+    depth = np.where(facing < -0.1, -1.5 / np.minimum(facing, -0.1), 15).astype(np.float32)
+    error = degrees_between(data.fit_normals(depth), np.array(normal))
+    inside = F.max_pool2d(torch.from_numpy(facing >= -0.1)[None].float(), 31, 1, 15)[0] == 0
+    assert inside.float().mean() > 0.3
+    assert error[inside.numpy()].max() < 0.1  # also at the image's border
+
+
+def test_fitted_normals_of_a_sphere_before_a_wall():
+    ray, unit = rays()
+    centre = np.array([0.1, 3.0, -0.1])
+    along = unit @ centre
+    gap = along**2 - (centre @ centre - 1)
+    on_sphere = gap > 0
+    point = unit * (along - np.sqrt(np.maximum(gap, 0)))[..., None]
+    depth = np.where(on_sphere, point[..., 1], 5).astype(np.float32)
+    normals = data.fit_normals(depth)
+    true = point - centre
+    steep = -(true * unit).sum(axis=-1)  # 1 where it faces the camera
+    assert degrees_between(normals, true)[on_sphere & (steep > 0.5)].mean() < 1
+    # The sphere's outline is an edge: the wall behind it stays flat up to a pixel away from it.
+    wall = F.max_pool2d(torch.from_numpy(on_sphere)[None].float(), 3, 1, 1)[0].numpy() == 0
+    assert degrees_between(normals, np.array([0, -1, 0]))[wall].max() < 0.1
+    close(np.linalg.norm(normals, axis=-1), np.ones((480, 640)))
+
+
+def write_official(path: Path, n: int = 3, **changes) -> dict[str, np.ndarray]:
+    """A file of the official structure with n images; returns the arrays as MATLAB has them."""
+    h5py = pytest.importorskip("h5py")  # CI installs it
+    rng = np.random.default_rng(0)
+    v, u = np.mgrid[:480, :640]
+    arrays = {  # (H,W,…,n)
+        "images": np.stack([v % 256, u % 256, (v // 2 + u // 4) % 256], axis=2)[..., None].astype(np.uint8),
+        "depths": (2 + v / 480 + u / 640)[..., None].astype(np.float32),
+        "labels": rng.integers(0, 895, (480, 640, 1), dtype=np.uint16),
+    }
+    arrays = {key: np.repeat(a, n, axis=-1) for key, a in arrays.items()}
+    arrays["depths"] = arrays["depths"] + np.arange(n, dtype=np.float32)
+    with h5py.File(path, "w") as file:
+        for key, a in {**arrays, **changes}.items():
+            if a is not None:
+                file[key] = a.T  # as h5py shows what MATLAB wrote
+    return arrays
+
+
+def test_official_file_becomes_an_archive(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "NYUD_IMAGES", 3)
+    out = tmp_path / "nyud"
+    truth = write_official(tmp_path / "a.mat")
+    data.convert_nyud(tmp_path / "a.mat", out)
+    assert data.NYUD.list_stems(out, "train") == ["0003"]
+    assert data.NYUD.list_stems(out, "val") == ["0001", "0002"]
+    sample = data.NYUD(out, "val").read("0002")
+    assert sample["size"].tolist() == [480, 640]
+    close(sample["depth"][0], truth["depths"][..., 1])
+    image = sample["image"].permute(1, 2, 0).numpy() * 255
+    smooth = np.s_[10:240, 10:240]  # without the jumps from 255 to 0, which JPEG rings around
+    assert np.abs(image - truth["images"][..., 1])[smooth].max() < 8
+    labels, semseg = truth["labels"][..., 1], sample["semseg"]
+    assert (semseg[labels == 0] == IGNORE_INDEX).all()
+    # wall, floor, cabinet, bed, chair, sofa, table, door, window in the file's own list of names
+    for original, name in zip((21, 11, 3, 157, 5, 83, 19, 28, 59), data.NYUD_CLASSES, strict=False):
+        assert (semseg[labels == original] == data.NYUD_CLASSES.index(name)).all()
+    normals = sample["normals"]
+    fitted = torch.from_numpy(data.fit_normals(truth["depths"][..., 1])).permute(2, 0, 1)
+    close(normals[:, 44:471, 40:601], fitted[:, 44:471, 40:601], 1e-3)
+    normals[:, 44:471, 40:601] = 0
+    assert normals.abs().max() == 0
+
+    # Cut off in the middle: what is there stays, what is missing is made.
+    before = (out / "images/0001.jpg").stat().st_mtime_ns
+    (out / "images/0002.jpg").unlink()
+    data.convert_nyud(tmp_path / "a.mat", out)
+    assert (out / "images/0002.jpg").is_file()
+    assert (out / "images/0001.jpg").stat().st_mtime_ns == before
+
+
+def test_official_split_and_classes():
+    training = {i + 1 for i in range(1449) if data.NYUD_TRAINING >> i & 1}
+    assert len(training) == 795 and data.NYUD_TRAINING < 1 << 1449
+    assert {3, 4, 5, 6, 8, 11} <= training and not {1, 2, 9, 14, 1449} & training
+    assert len(data.NYUD_CLASS_OF) == 894
+    assert {ord(c) - ord("0") for c in data.NYUD_CLASS_OF} == set(range(1, 41))
+
+
+def test_what_is_not_the_official_file_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "b.mat"
+    refused("b.mat not found", data.convert_nyud, path, tmp_path / "out")
+    path.write_bytes(b"MATLAB 5.0 MAT-file" * 100)
+    refused("b.mat cannot be read as HDF5", data.convert_nyud, path, tmp_path / "out")
+    write_official(path, 2)
+    refused(r"b.mat holds .*\(2, 3, 640, 480\)", data.convert_nyud, path, tmp_path / "out")
+    monkeypatch.setattr(data, "NYUD_IMAGES", 2)
+    write_official(path, 2, labels=None)
+    refused("'labels': None", data.convert_nyud, path, tmp_path / "out")
+    whole = write_official(path, 2)
+    path.write_bytes(path.read_bytes()[:-1000])
+    refused("cannot be read as HDF5 .*truncated", data.convert_nyud, path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    write_official(path, 2, depths=whole["depths"] * 0)
+    refused("depth of image 0001 has holes", data.convert_nyud, path, tmp_path / "out")
+    path = tmp_path / "c.mat"
+    write_official(path, 2, labels=whole["labels"] + 1000)
+    refused("made from another file", data.convert_nyud, path, tmp_path / "out")
+    refused("0001 has class 1[0-9]{3}", data.convert_nyud, path, tmp_path / "out2")
+    put(tmp_path / "mine/gt_sets/train.txt", ["0001"])
+    refused("mine is not empty", data.convert_nyud, path, tmp_path / "mine")
+    assert not list((tmp_path / "out").rglob("*.txt"))  # half an archive is not taken for one
+
+
+# ==================================================================================================
 # train.py: metrics
 # ==================================================================================================
 
