@@ -1635,8 +1635,9 @@ def write_official(path: Path, n: int = 3, **changes) -> dict[str, np.ndarray]:
     h5py = pytest.importorskip("h5py")  # CI installs it
     rng = np.random.default_rng(0)
     v, u = np.mgrid[:480, :640]
+    image = np.stack([v % 256, u % 256, (v // 2 + u // 4) % 256], axis=2)
     arrays = {  # (H,W,…,n)
-        "images": np.stack([v % 256, u % 256, (v // 2 + u // 4) % 256], axis=2)[..., None].astype(np.uint8),
+        "images": image[..., None].astype(np.uint8),
         "depths": (2 + v / 480 + u / 640)[..., None].astype(np.float32),
         "labels": rng.integers(0, 895, (480, 640, 1), dtype=np.uint16),
     }
