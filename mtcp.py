@@ -33,6 +33,7 @@ Papers cited below:
   [CBAM] Woo et al. 2018, arXiv 1807.06521           [FPN] Lin et al. 2017, arXiv 1612.03144
   [ViTDet] Li et al. 2022, arXiv 2203.16527          [PVT] Wang et al. 2021, arXiv 2102.12122
   [Kendall] Kendall et al. 2018, arXiv 1705.07115    [DWA] Liu et al. 2019, arXiv 1803.10704
+  [DPT] Ranftl et al. 2021, arXiv 2103.13413
 
 Where this file departs from the paper or from the authors' released code, a comment carries the
 number of the departure: D1 to D12 here, D13 to D15 in train.py. README.md has them in one table.
@@ -117,14 +118,14 @@ PRESETS = {
     "small": MTCPConfig(
         backbone="vit_small_patch14_dinov2",
         drop_path=0.1,
-        width=64,
+        width=128,
         pixel_layers=2,
-        pixel_ffn=256,
+        pixel_ffn=512,
         attention_heads=4,
         queries=32,
         query_layers=3,
-        query_ffn=256,
-        cfm_stride=2,
+        query_ffn=512,
+        cfm_stride=4,
     ),
     # The same topology at a size that two CPU cores train from scratch in minutes.
     "toy": MTCPConfig(
@@ -255,8 +256,10 @@ def any_size_args(name: str) -> dict:
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """One ViT map (B,D,H/16,W/16) → four maps at strides 4, 8, 16, 32 [ViTDet, section 3].
+    """Four ViT maps (B,D,H/16,W/16), from shallow to deep → four maps at strides 4, 8, 16, 32.
 
+    The resampling is [ViTDet]'s (section 3), which makes all four maps from the last block. Here
+    each has a block of its own, as in [DPT]: early blocks still know where things are.
     D11: without [ViTDet]'s further convolutions on each map. The pixel decoder projects each one.
     """
 
@@ -269,8 +272,8 @@ class SimpleFeaturePyramid(nn.Module):
         self.to8 = nn.ConvTranspose2d(dim, dim // 2, 2, 2)
         self.to32 = nn.MaxPool2d(2)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [self.to4(x), self.to8(x), x, self.to32(x)]
+    def forward(self, c: list[Tensor]) -> list[Tensor]:
+        return [self.to4(c[0]), self.to8(c[1]), c[2], self.to32(c[3])]
 
 
 class Backbone(nn.Module):
@@ -278,7 +281,7 @@ class Backbone(nn.Module):
 
     A thin wrapper over timm's `features_only` models; each map gets a LayerNorm over its channels.
     Swin, ConvNeXt, PVT v2, ResNet, HRNet, VGG and others have the four strides. Plain ViTs (ViT,
-    DeiT, DINOv2, DINOv3) have one, 14 or 16, from which SimpleFeaturePyramid makes the four maps.
+    DeiT, DINOv2, DINOv3) have one, 14 or 16; SimpleFeaturePyramid makes the four maps of 4 blocks.
     Raises ValueError for other strides and for a backbone that takes images of one size only.
 
     D11: any of these. The release has one, Swin-S [release: models/models_nyud_CL.py#L173].
@@ -297,6 +300,9 @@ class Backbone(nn.Module):
         self.patch = None  # of a plain ViT
         if set(strides) in ({14}, {16}):
             self.patch = strides[-1]
+            depth = len(self.net.model.blocks)
+            # After a quarter of the blocks, half of them, … all; timm's choice is the last three.
+            self.net.out_indices = [math.ceil(depth * k / 4) - 1 for k in (1, 2, 3, 4)]
             self.pyramid = SimpleFeaturePyramid(self.channels[-1])
             self.channels = self.pyramid.channels
         elif strides[-4:] != [4, 8, 16, 32]:
@@ -319,7 +325,7 @@ class Backbone(nn.Module):
         c = self.net(x)
         if getattr(self.net, "output_fmt", "NCHW") == "NHWC":  # Swin's layout
             c = [m.permute(0, 3, 1, 2) for m in c]
-        c = self.pyramid(c[-1]) if self.patch else c[-4:]
+        c = self.pyramid(c) if self.patch else c[-4:]
         return [norm(m) for norm, m in zip(self.norms, c, strict=True)]
 
 

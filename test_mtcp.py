@@ -648,8 +648,8 @@ def test_weights_that_cannot_be_read_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name,args", [
     ("swin_tiny_patch4_window7_224", SWIN), ("convnext_atto", {}), ("hrnet_w18_small", {}),
-    ("deit_tiny_distilled_patch16_224", {}), ("vit_small_patch14_reg4_dinov2", {"depth": 3}),
-    ("vit_small_patch16_dinov3", {"depth": 3}),
+    ("deit_tiny_distilled_patch16_224", {}), ("vit_small_patch14_reg4_dinov2", {"depth": 4}),
+    ("vit_small_patch16_dinov3", {"depth": 4}),
 ])  # fmt: skip
 def test_backbone_weights_of_timm_give_timms_features(name, args, tmp_path):
     """Before our LayerNorms: those of timm's own features_only network with the same file."""
@@ -668,10 +668,10 @@ def test_backbone_weights_of_timm_give_timms_features(name, args, tmp_path):
     x = torch.randn(1, 3, *(2 * [side // ours.patch * 16 if ours.patch else side]))
     with torch.no_grad():
         maps = ours(x)
+        if ours.patch:  # of the four maps of the pyramid, that at stride 16 is the ViT's own
+            maps = maps[2:3]
+            theirs.out_indices = ours.net.out_indices[2:3]
         expected = theirs(mtcp.resize(x, (side, side)))[-4:]
-    if ours.patch:  # of the four maps of the pyramid, that at stride 16 is the ViT's own
-        maps = maps[2:3]
-        expected = expected[-1:]
     for m, e in zip(maps, expected, strict=True):
         close(m, e.permute(0, 3, 1, 2) if "swin" in name else e, 1e-4)
 
@@ -730,24 +730,30 @@ def test_backbone_weights_of_the_original_swin():
     "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3",
 ])  # fmt: skip
 def test_plain_vits_at_480_by_640(name):
-    """The map at stride 16: the patch tokens in their places, without others, positions resized."""
+    """Each stride has a block's patch tokens in their places, without others, positions resized."""
     torch.manual_seed(0)
-    backbone = mtcp.Backbone(name, depth=3).eval()
-    whole = timm.create_model(name, depth=3, dynamic_img_size=True, num_classes=0).eval()
+    backbone = mtcp.Backbone(name, depth=8).eval()
+    whole = timm.create_model(name, depth=8, dynamic_img_size=True, num_classes=0).eval()
     state = {k.removeprefix("model."): v for k, v in backbone.net.state_dict().items()}
     whole.load_state_dict(state, strict=False)
     whole.norm = nn.Identity()  # features_only leaves the last norm out
-    backbone.norms[2] = nn.Identity()
     x = torch.randn(1, 3, 480, 640)
     patch = 14 if "14" in name else 16
     with torch.no_grad():
+        sizes = [tuple(m.shape[-2:]) for m in backbone(x)]
+        backbone.norms = nn.ModuleList([nn.Identity()] * 4)
+        backbone.pyramid.to4 = backbone.pyramid.to8 = backbone.pyramid.to32 = nn.Identity()
         maps = backbone(x)
         flat = backbone(torch.zeros_like(x))[2]
-        tokens = whole.forward_features(mtcp.resize(x, (30 * patch, 40 * patch)))
-    assert [tuple(m.shape[-2:]) for m in maps] == [(120, 160), (60, 80), (30, 40), (15, 20)]
+        expected = {}
+        for blocks in (8, 6, 4, 2):
+            whole.blocks = whole.blocks[:blocks]
+            expected[blocks] = whole.forward_features(mtcp.resize(x, (30 * patch, 40 * patch)))
+    assert sizes == [(120, 160), (60, 80), (30, 40), (15, 20)]
     prefix = whole.num_prefix_tokens
-    assert prefix >= 1 and tokens.shape[1] == prefix + 1200
-    close(maps[2], tokens[:, prefix:].mT.reshape(maps[2].shape), 1e-4)
+    for blocks, at in zip((2, 4, 6, 8), maps, strict=True):
+        assert prefix >= 1 and expected[blocks].shape[1] == prefix + 1200
+        close(at, expected[blocks][:, prefix:].mT.reshape(at.shape), 1e-4)
     # DINOv3's rotary positions are relative: all places of a uniform image are alike.
     assert "dinov3" in name or flat.std(dim=(2, 3)).mean() > 1e-3
 
@@ -1869,6 +1875,28 @@ def test_evaluation_is_at_the_labels_resolution():
     normals = F.normalize(torch.randn(1, 3, 4, 4), dim=1)
     y = train.at_label_size(NYUD_TASKS[2], normals, torch.zeros(1, 3, 9, 7))
     close(y.norm(dim=1), torch.ones(1, 9, 7))
+
+
+def test_the_backbone_has_a_learning_rate_of_its_own():
+    model = MTCP(NYUD_TASKS, TOY)
+    recipe = replace(train.RECIPES["rooms"], backbone_lr=0.1, warmup=4)
+    optimizer, scheduler = train.make_optimizer(model, LPS(model.names, 1.6), 1e-3, 10, recipe)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    for _ in range(6):
+        rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+        for name, p in model.named_parameters():
+            slower = 0.1 if name.startswith("backbone.net.") else 1
+            close(rates[id(p)], 1e-3 * slower * train.lr_factor(scheduler.last_epoch, 10, 4), 1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_small_has_recipes_of_its_own_on_real_data():
+    args = train.parse_args(["--dataset", "nyud", "--preset", "small", "--start", "file"])
+    assert (args.size, args.lr, args.batch_size) == ((240, 320), 5e-4, 4)
+    assert train.parse_args(["--dataset", "nyud", "--start", "file"]).size is None
+    assert train.parse_args(["--preset", "small", "--start", "file"]).size is None  # rooms
 
 
 def test_schedule():

@@ -59,6 +59,7 @@ class Recipe:
     epochs: int = 5
     batch_size: int = 4  # small, for more steps
     lr: float = 2e-3  # of AdamW, at its highest
+    backbone_lr: float = 1.0  # times lr, where the backbone starts from weights
     warmup: int = 100  # steps, without which training would not survive this learning rate
     kappa: float = 1.6  # spread of the LPS weights; 7.5 is too jumpy where epochs are few
     scales: tuple[float, ...] = (1.0,)  # of the random zoom; a few epochs need none
@@ -78,10 +79,26 @@ RECIPES = {
         mtcp.PASCAL_TASKS, scales=(0.75, 1.25), degrees=20.0, size=(512, 512), **RELEASED
     ),
 }
+# Of the preset "small", on a laptop. Its decoders start from random weights and must learn fast.
+# The backbone knows something already, which a high learning rate would destroy.
+LAPTOP = {
+    "epochs": 14, "batch_size": 4, "lr": 5e-4, "backbone_lr": 0.1, "warmup": 100, "kappa": 1.6,
+    "jitter": 0.1,
+}  # fmt: skip
+SMALL_RECIPES = {
+    "nyud": replace(RECIPES["nyud"], **LAPTOP, size=(240, 320)),
+    "pascal": replace(RECIPES["pascal"], **LAPTOP, size=(256, 256)),
+}
 WEIGHT_DECAY = 1e-4
 CLIP_NORM = 5.0  # gradients longer than this are shortened to it
 POLY_POWER = 0.9
 HOLDOUT = 0.05  # share of the training split that chooses the best epoch
+
+
+def find_recipe(dataset: str, preset: str | None) -> Recipe:
+    recipes = SMALL_RECIPES if preset == "small" else {}
+    return recipes.get(dataset, RECIPES[dataset])
+
 
 BALANCERS = {  # name → (task names, κ) → balancer
     "lps": mtcp.LPS,
@@ -132,7 +149,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise DataError(f"{args.out} is not empty: choose another --out, or go on by --resume")
     args.dataset = args.dataset or "rooms"
     names = [t.name for t in RECIPES[args.dataset].tasks]
-    fill_in(args, {**vars(RECIPES[args.dataset]), "tasks": names})
+    fill_in(args, {**vars(find_recipe(args.dataset, args.preset)), "tasks": names})
     fill_in(args, {"root": Path("data") / args.dataset, "balancer": "lps", "seed": 0, "workers": 2})
     fill_in(args, {"device": best_device()})
     args.root = Path(args.root).absolute()  # so that it is found again from another folder
@@ -260,21 +277,22 @@ def best_device() -> str:
 # ==================================================================================================
 
 
-def make_datasets(name: str, root: Path, tasks: list[str], size, seed: int) -> tuple:
-    """Four splits of dataset `name`: training, the same images as they are, held out, test.
+def make_datasets(args: argparse.Namespace) -> tuple:
+    """Four splits of a dataset: training, the same images as they are, held out, test.
 
-    Images are resized to `size`, unless it is None.
+    Images are resized to --size, unless it is None.
     """
-    kind = data.DATASETS[name]
-    recipe = RECIPES[name]
+    kind = data.DATASETS[args.dataset]
+    recipe = find_recipe(args.dataset, args.preset)
     require_rows(recipe.tasks, kind)
+    root, tasks, size = args.root, args.tasks, args.size
     augment = partial(
         data.augment, scales=recipe.scales, degrees=recipe.degrees, jitter=recipe.jitter, size=size
     )
     # For evaluation only the image is resized: the labels keep their resolution.
     resized = partial(resize_image, size=size) if size else None
     stems, held_out = data.hold_out(kind.list_stems(root, "train"), HOLDOUT)
-    train_set = kind(root, "train", tasks, augment, stems, seed)
+    train_set = kind(root, "train", tasks, augment, stems, args.seed)
     test_set = kind(root, "val", tasks, resized)
     plain_set = kind(root, "train", tasks, None, stems)
     held_out_set = kind(root, "train", tasks, resized, held_out)
@@ -361,16 +379,20 @@ def hub_weights(backbone: str) -> Path:
         ) from error
 
 
-def make_optimizer(model: nn.Module, balancer: nn.Module, lr: float, warmup: int, steps: int):
-    """AdamW, and its schedule of `steps` steps."""
+def make_optimizer(model: MTCP, balancer: nn.Module, lr: float, steps: int, recipe: Recipe):
+    """AdamW, and its schedule of `steps` steps. The backbone learns at recipe.backbone_lr · lr."""
+    backbone = list(model.backbone.net.parameters())
+    own = {id(p) for p in backbone}
+    rest = [p for p in model.parameters() if id(p) not in own]
     groups = [
-        {"params": model.parameters(), "weight_decay": WEIGHT_DECAY},
+        {"params": rest, "weight_decay": WEIGHT_DECAY},
+        {"params": backbone, "weight_decay": WEIGHT_DECAY, "lr": recipe.backbone_lr * lr},
         # Kendall's σ: decay would pull them to 1
         {"params": balancer.parameters(), "weight_decay": 0.0},
     ]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")  # one kernel for all tensors
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=fused)
-    factor = partial(lr_factor, total=steps, warmup=warmup)
+    factor = partial(lr_factor, total=steps, warmup=recipe.warmup)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
@@ -998,7 +1020,7 @@ def main(args: argparse.Namespace) -> dict:
     # --- Setup: data, network, balancer, optimiser ---
     started = time.time()
     torch.manual_seed(args.seed)  # the initial weights
-    recipe = RECIPES[args.dataset]
+    recipe = find_recipe(args.dataset, args.preset)
     tasks = tuple(t for t in recipe.tasks if t.name in args.tasks)
     single = single_task_results(args.single, args.dataset, tasks) if args.single else None
     begun = args.resume and (args.out / "last.pt").is_file()
@@ -1008,12 +1030,14 @@ def main(args: argparse.Namespace) -> dict:
         model, start = make_started_model(tasks, make_config(args), args.start)
     if args.dataset in data.WRITERS and not begun:
         data.ensure_set(args.dataset, args.root)
-    sets = make_datasets(args.dataset, args.root, args.tasks, args.size, args.seed)
+    sets = make_datasets(args)
     train_set, plain_set, held_out_set, test_set = sets
     model = model.to(args.device, memory_format=torch.channels_last)  # faster, on CPU and GPU alike
     balancer = BALANCERS[args.balancer](model.names, args.kappa).to(args.device)
     steps = args.epochs * max(1, len(train_set) // args.batch_size)
-    optimizer, scheduler = make_optimizer(model, balancer, args.lr, recipe.warmup, steps)
+    if args.start == "scratch":
+        recipe = replace(recipe, backbone_lr=1.0)
+    optimizer, scheduler = make_optimizer(model, balancer, args.lr, steps, recipe)
     constant = ConstantPredictor(tasks, make_loader(plain_set, args.batch_size, args.workers))
     held_out = make_loader(held_out_set, args.batch_size, args.workers)
     trivial = evaluate(constant, tasks, held_out, args.device)
@@ -1080,7 +1104,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> dict:
     """--eval: a checkpoint's network on the test split; writes only if --out is given."""
     model = load_model(args.eval).to(args.device)
     tasks = tuple(t for t in model.tasks if t.name in args.tasks)
-    sets = make_datasets(args.dataset, args.root, args.tasks, args.size, args.seed)
+    sets = make_datasets(args)
     _, plain_set, _, test_set = sets
     single = single_task_results(args.single, args.dataset, tasks) if args.single else None
     out = new_run_folder(args.out, args.dataset) if args.out is not None else None
