@@ -46,7 +46,7 @@ import numpy as np
 import scipy.io
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -196,11 +196,13 @@ def picture(key: str, x: Tensor) -> Array:
 
 def contact_sheet(titles: list[str], rows: list[list[Array]], height=192) -> Image.Image:
     """Rows of uint8 pictures (H,W,3), each brought to `height`, under their column titles."""
-    rows = [[Image.fromarray(p) for p in row] for row in rows]
-    rows = [
-        [p.resize((p.width * height // p.height, height), Image.NEAREST) for p in row]
-        for row in rows
-    ]
+
+    def fitted(pixels: Array) -> Image.Image:
+        H, W = pixels.shape[:2]
+        width = min(max(W * height // H, 1), 4 * height)  # a strip of a picture is squeezed
+        return Image.fromarray(pixels).resize((width, height), Image.NEAREST)
+
+    rows = [[fitted(pixels) for pixels in row] for row in rows]
     widths = [max(row[c].width for row in rows) + 4 for c in range(len(titles))]
     sheet = Image.new("RGB", (sum(widths), 24 + len(rows) * (height + 4)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -209,6 +211,24 @@ def contact_sheet(titles: list[str], rows: list[list[Array]], height=192) -> Ima
         draw.text((left + 4, 4), title, fill="black", font=ImageFont.load_default(size=14))
         for r, row in enumerate(rows):
             sheet.paste(row[c], (left, 24 + r * (height + 4)))
+    return sheet
+
+
+def legend(title: str, entries: dict[int, str], width: int) -> Image.Image:
+    """A title, then for each class index its colour and what is said of it, in as many rows."""
+    font = ImageFont.load_default(size=14)
+    texts = [title, *entries.values()]
+    column = 36 + max(math.ceil(font.getlength(text)) for text in texts)
+    columns = max(1, width // column)
+    sheet = Image.new("RGB", (width, 24 * math.ceil(len(texts) / columns)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (index, text) in enumerate(zip((None, *entries), texts, strict=True)):
+        left = i % columns * column
+        top = i // columns * 24
+        if index is not None:
+            colour = tuple(palette()[index].tolist())
+            draw.rectangle((left + 4, top + 4, left + 20, top + 20), fill=colour, outline="black")
+        draw.text((left + (4 if index is None else 26), top + 4), text, fill="black", font=font)
     return sheet
 
 
@@ -229,6 +249,20 @@ def read_pixels(path: Path, mode: str) -> Array:
             return np.array(image if keep else image.convert(mode))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} is no readable image ({error}): unpack it again") from error
+
+
+def read_photograph(path: Path) -> Array:
+    """Any image file, upright, as uint8 RGB (H,W,3): what is transparent is white."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith(("I", "F")):  # 16 bits: Pillow would cut, not divide
+                return np.repeat((np.asarray(image) / 257).astype(np.uint8)[..., None], 3, axis=2)
+            rgba = image.convert("RGBA")
+            white = Image.new("RGBA", rgba.size, "white")
+            return np.array(Image.alpha_composite(white, rgba).convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} is no readable image ({error})") from error
 
 
 def read_array(path: Path, ndim: int) -> Array:

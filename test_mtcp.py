@@ -2139,6 +2139,127 @@ def finished(rooms, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints of random weights, as train.py saves them, for both sets of tasks."""
+    paths = {}
+    for name, tasks, kind in (("n", NYUD_TASKS, data.NYUD), ("p", PASCAL_TASKS, data.PASCAL)):
+        torch.manual_seed(0)
+        model = MTCP(tasks, TOY)
+        randomise_batchnorm(model)
+        about = {"args": {}, "config": TOY.__dict__, "tasks": [t.__dict__ for t in tasks]}
+        about |= {"classes": kind.classes, "size": (64, 96), "model": model.state_dict()}
+        paths[name] = tmp_path_factory.mktemp("checkpoint") / f"{name}.pt"
+        train.save_checkpoint(paths[name], **about)
+    return paths
+
+
+def see(checkpoint: Path, *flags) -> int:
+    return train.cli(["--checkpoint", str(checkpoint), "--device", "cpu", *map(str, flags)])
+
+
+def test_a_photograph_of_the_training_size_gives_what_the_network_gives(untrained, tmp_path):
+    scene = data.render("rooms", 0, 3, 64, 96)
+    put(tmp_path / "a.png", scene["image"])
+    assert (
+        see(untrained["n"], "--predict", tmp_path / "a.png", "--out", tmp_path / "o", "--npz") == 0
+    )
+    model = train.load_model(str(untrained["n"]))
+    assert not model.training
+    image = torch.from_numpy(scene["image"]).permute(2, 0, 1) / 255
+    with torch.no_grad():
+        y = model(data.normalise({"image": image})["image"][None])
+    classes = Image.open(tmp_path / "o/a_semseg.png")
+    assert classes.mode == "P" and classes.getpalette() == data.palette().ravel().tolist()
+    assert (np.array(classes) == y["semseg"]["final"][0].argmax(0).numpy()).mean() > 0.999
+    depth = y["depth"]["final"][0, 0].numpy()
+    close(np.array(Image.open(tmp_path / "o/a_depth.png")).astype(float), depth * 1000, 1)
+    arrays = np.load(tmp_path / "o/a.npz")
+    assert {k: v.shape for k, v in arrays.items()} == {
+        "semseg": (64, 96), "depth": (1, 64, 96), "normals": (3, 64, 96),
+    }  # fmt: skip
+    close(arrays["normals"], y["normals"]["final"][0], 1e-4)
+    assert Image.open(tmp_path / "o/a_normals.png").size == (96, 64)
+    assert (tmp_path / "o/a_panel.png").is_file() and (tmp_path / "o/a_depth_preview.png").is_file()
+
+
+def test_photographs_of_any_size_and_kind(untrained, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    noise = lambda H, W, *c: rng.integers(0, 256, (H, W, *c), dtype=np.uint8)  # noqa: E731
+    sizes = {}
+    for H, W in ((1, 1), (1, 700), (700, 1), (333, 500)):
+        put(folder / f"{H}x{W}.png", noise(H, W, 3))
+        sizes[f"{H}x{W}"] = (W, H)
+    rgb = Image.fromarray(noise(30, 40, 3))
+    for mode in ("L", "LA", "P", "RGBA", "1"):
+        rgb.convert(mode).save(folder / f"{mode}.png")
+    rgb.save(folder / "webp.webp")
+    rgb.save(folder / "upper.JPG", "JPEG")
+    rgb.convert("CMYK").save(folder / "cmyk.jpeg")
+    Image.fromarray(noise(30, 40).astype(np.uint16) * 257).save(folder / "sixteen.png")
+    turned = rgb.getexif()
+    turned[0x0112] = 6  # the camera was held upright
+    rgb.save(folder / "exif.jpg", exif=turned)
+    rgb.save(folder / "L.webp")  # beside L.png: neither may overwrite the other
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "cut.png").write_bytes((folder / "333x500.png").read_bytes()[:9000])
+    (folder / "notes.txt").write_text("not asked for")
+    out = tmp_path / "out"
+    assert see(untrained["p"], "--predict", folder, tmp_path / "gone.jpg", "--out", out) == 1
+    said = capsys.readouterr()
+    bad = re.findall(r"(\w+)\.\w+ is no readable image", said.err)
+    assert bad == ["broken", "cut", "gone"]
+    assert "15 of 18 photographs" in said.out
+    names = {p.name.removesuffix("_sal.png") for p in out.glob("*_sal.png")}
+    assert len(names) == 15 and {"L", "L.webp"} <= names
+    for name in names:
+        size = sizes.get(name, (30, 40) if name == "exif" else (40, 30))
+        for what in ("semseg", "human_parts", "sal"):
+            assert Image.open(out / f"{name}_{what}.png").size == size, name
+        assert Image.open(out / f"{name}_panel.png").height > 360
+
+
+def test_photographs_are_read_upright_and_without_loss(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    put(tmp_path / "a.png", pixels)
+    assert (data.read_photograph(tmp_path / "a.png") == pixels).all()
+    image = Image.fromarray(pixels)
+    exif = image.getexif()
+    exif[0x0112] = 6  # turn by 90° to the right to see it upright
+    image.save(tmp_path / "b.png", exif=exif)
+    assert (data.read_photograph(tmp_path / "b.png") == np.rot90(pixels, -1)).all()
+    put(tmp_path / "c.png", pixels[..., 0].astype(np.uint16) * 257)
+    assert (data.read_photograph(tmp_path / "c.png") == pixels[..., :1]).all()
+    clear = np.dstack([pixels, np.zeros((5, 7), np.uint8)])
+    put(tmp_path / "d.png", clear)
+    assert (data.read_photograph(tmp_path / "d.png") == 255).all()
+
+
+def test_argmax_class_by_class():
+    logits = torch.randn(1, 5, 6, 8)
+    expected = mtcp.resize(logits, (13, 9)).argmax(dim=1)[0]
+    assert torch.equal(train.large_argmax(logits, (13, 9)), expected)
+
+
+def test_flags_of_prediction(untrained, finished, tmp_path, capsys):
+    photo = tmp_path / "a.png"
+    put(photo, np.zeros((4, 4, 3), np.uint8))
+    for flags, said in {
+        f"--predict {photo}": "go together", f"--checkpoint {untrained['n']}": "go together",
+        f"--predict {photo} --checkpoint {untrained['n']} --lr 1": "drop --lr 1",
+        f"--predict {photo} --checkpoint {photo}": "is no checkpoint",
+        f"--predict {photo} --checkpoint {untrained['n']} --out {finished}": "is not empty",
+        f"--predict {tmp_path / 'none'} --checkpoint {tmp_path / 'x.pt'}": "x.pt not found",
+    }.items():  # fmt: skip
+        assert said in complaint_of(flags, capsys)
+    (tmp_path / "none").mkdir()
+    flags = f"--predict {tmp_path / 'none'} --checkpoint {untrained['n']}"
+    assert "no photograph in" in complaint_of(flags, capsys)
+    assert see(finished / "best.pt", "--predict", photo, "--out", tmp_path / "real") == 0
+
+
 def complaint_of(flags: str, capsys) -> str:
     """What the script says on stderr with these flags; it has to end with status 2."""
     capsys.readouterr()

@@ -6,6 +6,7 @@
     python train.py --no-cfm --no-trace-back --balancer equal      without what the paper adds
     python train.py --out runs/mine --resume    go on where a run was cut off
     python train.py --eval runs/mine/best.pt    evaluate a checkpoint on the test split
+    python train.py --checkpoint runs/mine/best.pt --predict PHOTOGRAPH      see it on your own
 
 Single-task networks, and Δm against them:
 
@@ -36,6 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import HfHubHTTPError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -138,7 +140,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "its flags; more --epochs stretch the schedule")  # fmt: skip
     add("--eval", type=Path, metavar="CHECKPOINT", help="evaluate only")
     add("--single", type=Path, metavar="DIR", help="DIR/TASK: single-task runs, to compute Δm")
+    add("--predict", type=Path, nargs="+", metavar="PATH", help="photographs, or folders of them")
+    add("--checkpoint", type=Path, metavar="FILE", help="with --predict: the network to use")
+    add("--npz", action="store_true", help="with --predict: the predictions as arrays, too")
     args = p.parse_args(argv)
+    if args.predict is not None or args.checkpoint is not None or args.npz:
+        return prediction_flags(args, p)
     if args.resume and args.out is None:
         p.error("--resume needs --out, the folder of the run to go on with")
     if args.eval is not None:
@@ -158,10 +165,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-OWN = ("out", "resume", "eval", "single")  # of this call alone, never taken from a saved run
+OWN = (
+    "out",
+    "resume",
+    "eval",
+    "single",
+    "predict",
+    "checkpoint",
+    "npz",
+)  # of this call alone, never taken from a saved run
 FREE = (*OWN, "root", "workers", "device")  # may differ with --resume: the same data, elsewhere
 EVALUATION = ("dataset", "root", "tasks", "size", "batch_size", "workers", "device", "amp", "out",
               "eval", "single")  # may be typed with --eval  # fmt: skip
+PREDICTION = ("predict", "checkpoint", "npz", "out", "device", "amp")  # with --predict
+
+
+def prediction_flags(args: argparse.Namespace, parser: argparse.ArgumentParser):
+    if args.predict is None or args.checkpoint is None:
+        parser.error("--predict PATH and --checkpoint FILE go together")
+    for key, typed in vars(args).items():
+        if was_typed(typed) and key not in PREDICTION:
+            flag = as_typed(key, typed).removeprefix("with ")
+            parser.error(f"{args.checkpoint} predicts as it was trained: drop {flag}")
+    args.device = args.device or best_device()
+    require_device(args.device, parser)
+    return args
 
 
 def same_run(args: argparse.Namespace, saved: dict, parser: argparse.ArgumentParser) -> dict:
@@ -241,11 +269,7 @@ def refuse_bad_flags(args: argparse.Namespace, names: list[str], parser) -> None
         parser.error("--kappa takes a number of 0 or more")
     if min(args.size or [1]) < 1 or args.workers < 0 or not 0 <= args.seed < 2**32:
         parser.error("--size takes two numbers above 0; --workers and --seed take 0 or more")
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # "cuda" of a build without CUDA: an assertion
-        reason = str(error).splitlines()[0]
-        parser.error(f"--device {args.device} is not there ({reason}); cpu always is")
+    require_device(args.device, parser)
     if args.backbone is not None and not timm.is_model(args.backbone):
         parser.error(f"--backbone {args.backbone} is no model of timm; see timm.list_models()")
     if args.start is None and args.preset in ("paper", "vit", "small") and not args.eval:
@@ -257,6 +281,14 @@ def refuse_bad_flags(args: argparse.Namespace, names: list[str], parser) -> None
             "  --start pretrained  the weights timm publishes for the backbone\n"
             "  --start scratch     random weights all the same"
         )
+
+
+def require_device(device: str, parser: argparse.ArgumentParser) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # "cuda" of a build without CUDA: an assertion
+        reason = str(error).splitlines()[0]
+        parser.error(f"--device {device} is not there ({reason}); cpu always is")
 
 
 def plain(value):
@@ -822,19 +854,19 @@ def as_label(task: Task, y: Tensor) -> Tensor:
 # ==================================================================================================
 
 
-def new_run_folder(out: Path | None, dataset: str) -> Path:
-    """`out`, or the next free runs/DATASET-N. DataError if it already holds something."""
+def new_folder(out: Path | None, default: str) -> Path:
+    """`out`, or the next free DEFAULT-N. DataError if it already holds something."""
     if out is None:
         n = 1
-        while Path(f"runs/{dataset}-{n}").exists():
+        while Path(f"{default}-{n}").exists():
             n += 1
-        out = Path(f"runs/{dataset}-{n}")
+        out = Path(f"{default}-{n}")
     elif holds_something(out):
         raise DataError(f"{out} is not empty: choose another --out, or go on by --resume")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"the folder of a run cannot be made ({error}): choose an --out") from error
+        raise DataError(f"the folder cannot be made ({error}): choose an --out") from error
     return out
 
 
@@ -880,9 +912,12 @@ def load_checkpoint(path: Path) -> dict:
     return content
 
 
-def load_model(path: Path) -> MTCP:
-    """The network of a checkpoint. DataError names tensors that do not match."""
-    content = load_checkpoint(path)
+def load_model(path: str | Path) -> MTCP:
+    """The network of a checkpoint, in evaluation mode. DataError names tensors that do not match.
+
+    In a notebook: model = load_model("best.pt"); model(x)["depth"]["final"], x as in MTCP.forward.
+    """
+    content = load_checkpoint(Path(path))
     try:
         tasks = tuple(Task(**t) for t in content["tasks"])
         cfg = mtcp.MTCPConfig(**content["config"])
@@ -893,7 +928,7 @@ def load_model(path: Path) -> MTCP:
         model.load_state_dict(content["model"])
     except RuntimeError as error:
         raise DataError(f"{path} does not fit the network it describes: {error}") from error
-    return model
+    return model.eval()
 
 
 def table_row(first: str, *cells: str | float) -> str:
@@ -941,15 +976,18 @@ def require_finite(values: Tensor, losses: dict[str, Tensor]) -> None:
 class Run:
     """The folder of a run, new or continued with --resume; written to after every epoch."""
 
-    def __init__(self, args: argparse.Namespace, model: MTCP, start: str, **parts):
+    def __init__(self, args: argparse.Namespace, model: MTCP, start: str, train_set, **parts):
         self.parts = {"model": model, **parts}  # all that has a state
         self.about = {  # in every checkpoint: the flags, and all it takes to build the network
             "args": {key: plain(value) for key, value in vars(args).items()},
             "config": asdict(model.cfg),
             "tasks": [asdict(t) for t in model.tasks],
+            # for --predict
+            "classes": {t: train_set.classes[t] for t in model.names if t in train_set.classes},
+            "size": tuple(train_set[0]["image"].shape[1:]),
         }
         begun = args.resume and holds_something(args.out)
-        self.out = args.out if begun else new_run_folder(args.out, args.dataset)
+        self.out = args.out if begun else new_folder(args.out, f"runs/{args.dataset}")
         config = {**self.about["args"], "started_from": start}
         self.next_epoch = 0
         self.best = -math.inf
@@ -1042,7 +1080,8 @@ def main(args: argparse.Namespace) -> dict:
     held_out = make_loader(held_out_set, args.batch_size, args.workers)
     trivial = evaluate(constant, tasks, held_out, args.device)
     judging = judging_tasks(tasks, trivial)
-    run = Run(args, model, start, balancer=balancer, optimizer=optimizer, scheduler=scheduler)
+    parts = {"balancer": balancer, "optimizer": optimizer, "scheduler": scheduler}
+    run = Run(args, model, start, train_set, **parts)
 
     # --- Loop: from the images on disk to the optimiser's step, and a look after every epoch ---
     for epoch in range(run.next_epoch, args.epochs):
@@ -1107,7 +1146,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> dict:
     sets = make_datasets(args)
     _, plain_set, _, test_set = sets
     single = single_task_results(args.single, args.dataset, tasks) if args.single else None
-    out = new_run_folder(args.out, args.dataset) if args.out is not None else None
+    out = new_folder(args.out, f"runs/{args.dataset}") if args.out is not None else None
     constant = ConstantPredictor(tasks, make_loader(plain_set, args.batch_size, args.workers))
     loader = make_loader(test_set, args.batch_size, args.workers)
     report = test(model, constant, tasks, loader, args.amp)
@@ -1117,11 +1156,136 @@ def evaluate_checkpoint(args: argparse.Namespace) -> dict:
     return finish(out, report, model, tasks, test_set)
 
 
+# ==================================================================================================
+# Prediction: your own photographs
+# ==================================================================================================
+
+
+def find_photographs(paths: list[Path]) -> list[Path]:
+    """Files as they are, and the image files in folders. DataError if there is none."""
+    found = []
+    for path in paths:
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        endings = (".jpg", ".jpeg", ".png", ".webp")
+        found += [p for p in inside if p.suffix.lower() in endings] if path.is_dir() else [path]
+    if not found:
+        raise DataError(f"no photograph in {' '.join(map(str, paths))}")
+    return found
+
+
+@torch.no_grad()
+def predict(args: argparse.Namespace) -> int:
+    """--predict: writes what the network sees in each photograph; 1 if any could not be read.
+
+    Of PHOTO.jpg: PHOTO_panel.png, all side by side; class maps as indexed PNG; depth as 16-bit PNG
+    in millimetres; normals and saliency as pictures; with --npz also PHOTO.npz.
+    """
+    photographs = find_photographs(args.predict)
+    content = load_checkpoint(args.checkpoint)
+    if not {"classes", "size"} <= content.keys():
+        raise DataError(f"{args.checkpoint} was saved before there was --predict: train it again")
+    model = load_model(args.checkpoint).to(args.device)
+    out = new_folder(args.out, "predictions")
+    failed = 0
+    used = set()
+    for path in tqdm(photographs, desc=f"predicting into {out}", leave=False):
+        try:
+            pixels = data.read_photograph(path)
+            labels = predict_labels(model, pixels, content["size"], args)
+        except DataError as error:
+            print(error, file=sys.stderr)
+            failed += 1
+            continue
+        name = path.stem if path.stem not in used else path.name  # a.jpg and a.png
+        while name in used:
+            name += "_"
+        used.add(name)
+        save_labels(out, name, model.tasks, pixels, labels, content["classes"])
+        if args.npz:
+            data.save(out / f"{name}.npz", lambda f, x=labels: np.savez_compressed(f, **x))
+    print(f"{len(photographs) - failed} of {len(photographs)} photographs: {out}")
+    return 1 if failed else 0
+
+
+def predict_labels(model: MTCP, pixels: np.ndarray, size: tuple[int, int], args) -> dict:
+    """Photograph uint8 (H,W,3) → {task: prediction as a label, numpy, at the photograph's size}.
+
+    The network sees it with about as many pixels as the images it was trained on: it knows things
+    at that scale. Depth is that of a camera with the training images' angle of view.
+    """
+    H, W = pixels.shape[:2]
+    scale = math.sqrt(size[0] * size[1] / (H * W))
+    small = max(1, round(H * scale)), max(1, round(W * scale))
+    image = torch.from_numpy(pixels).permute(2, 0, 1) / 255
+    x = data.normalise(data.resize_image({"image": image}, small))["image"]
+    x = x[None].to(args.device)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
+        outputs = model(x)
+    labels = {}
+    for t in model.tasks:
+        y = outputs[t.name]["final"].float().cpu()
+        if t.output == "logits" and t.channels > 1:
+            labels[t.name] = large_argmax(y, (H, W)).numpy()
+        else:
+            y = mtcp.resize(y, (H, W))
+            y = F.normalize(y, dim=1) if t.output == "unit" else y
+            labels[t.name] = as_label(t, y[0]).numpy()
+    return labels
+
+
+def large_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """resize(logits, size).argmax(dim=1)[0], class by class: 40 maps of 24 megapixels are 4 GB."""
+    best = torch.full(size, -math.inf)
+    index = torch.zeros(size, dtype=torch.int64)
+    for k in range(logits.shape[1]):
+        y = mtcp.resize(logits[:, k : k + 1], size)[0, 0]
+        better = y > best
+        best[better] = y[better]
+        index[better] = k
+    return index
+
+
+def save_labels(out: Path, name: str, tasks, pixels: np.ndarray, labels: dict, classes) -> None:
+    """The files of one photograph; see `predict`."""
+    titles = ["photograph"]
+    row = [pixels]
+    names = {}
+    for t in tasks:
+        label = labels[t.name]
+        titles.append(t.name)
+        row.append(data.LABELS[t.name].picture(label))
+        picture = Image.fromarray(row[-1])
+        if t.name in classes:
+            picture = Image.fromarray(label.astype(np.uint8))
+            picture.putpalette(data.palette().tobytes())
+            counts = np.bincount(label.ravel())
+            present = np.argsort(-counts)[: np.count_nonzero(counts)]
+            shares = {k: f"{classes[t.name][k]} {counts[k] / label.size:.1%}" for k in present}
+            names[t.name] = shares
+        elif t.output == "positive":
+            data.save_image(out / f"{name}_{t.name}_preview.png", row[-1])
+            millimetres = (label[0] * 1000).round().clip(0, 65535)
+            picture = Image.fromarray(millimetres.astype(np.uint16))
+        elif t.output == "logits":
+            picture = Image.fromarray((label[0] * 255).round().astype(np.uint8))
+        data.save(out / f"{name}_{t.name}.png", lambda f, p=picture: p.save(f, "PNG"))
+    panel = data.contact_sheet(titles, [row], height=360)
+    strips = [data.legend(title, shares, panel.width) for title, shares in names.items()]
+    sheet = Image.new("RGB", (panel.width, panel.height + sum(s.height for s in strips)), "white")
+    top = 0
+    for part in (panel, *strips):
+        sheet.paste(part, (0, top))
+        top += part.height
+    data.save(out / f"{name}_panel.png", lambda f: sheet.save(f, "PNG"))
+
+
 def cli(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 with one sentence on stderr."""
     data.keep_printing()
     try:
         args = parse_args(argv)
+        if args.predict is not None:
+            return predict(args)
         evaluate_checkpoint(args) if args.eval else main(args)
     except (DataError, mtcp.WeightsError, FloatingPointError, OSError) as error:
         print(error, file=sys.stderr)
