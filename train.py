@@ -84,12 +84,12 @@ RECIPES = {
 # Of the preset "small", on a laptop. Its decoders start from random weights and must learn fast.
 # The backbone knows something already, which a high learning rate would destroy.
 LAPTOP = {
-    "epochs": 14, "batch_size": 4, "lr": 5e-4, "backbone_lr": 0.1, "warmup": 100, "kappa": 1.6,
+    "epochs": 9, "batch_size": 4, "lr": 5e-4, "backbone_lr": 0.1, "warmup": 100, "kappa": 1.6,
     "jitter": 0.1,
 }  # fmt: skip
 SMALL_RECIPES = {
-    "nyud": replace(RECIPES["nyud"], **LAPTOP, size=(240, 320)),
-    "pascal": replace(RECIPES["pascal"], **LAPTOP, size=(256, 256)),
+    "nyud": replace(RECIPES["nyud"], **LAPTOP, size=(192, 256)),
+    "pascal": replace(RECIPES["pascal"], **LAPTOP, size=(224, 224)),
 }
 WEIGHT_DECAY = 1e-4
 CLIP_NORM = 5.0  # gradients longer than this are shortened to it
