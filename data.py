@@ -32,6 +32,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -393,6 +394,7 @@ class DenseDataset(Dataset):
                the number of workers. Set `epoch` before every epoch.
     complete   False: leave missing files to the caller
 
+    With skip_bad, another image takes the place of one that cannot be read; "skipped" counts them.
     Raises DataError if the folder is no such archive, or any file that will be needed is missing.
     """
 
@@ -413,6 +415,7 @@ class DenseDataset(Dataset):
         self.epoch = 0
         self.tasks = tuple(self.readers if tasks is None else tasks)
         self.resized = Counter()  # task → labels that were not quite of their image's size
+        self.skip_bad = False
         self.stems = self.list_stems(root, split) if stems is None else stems
         self.layout = self.detect()
         missing = self.missing()
@@ -503,11 +506,18 @@ class DenseDataset(Dataset):
         return len(self.stems)
 
     def __getitem__(self, index: int) -> dict:
-        sample = self.read(self.stems[index])
+        for skipped in range(len(self)):
+            try:
+                sample = self.read(self.stems[(index + skipped) % len(self)])
+                break
+            except DataError as error:
+                if not self.skip_bad or skipped == len(self) - 1:
+                    raise
+                print(f"skipped: {error}", file=sys.stderr)
         if self.transform is not None:
             rng = np.random.default_rng((self.seed, self.epoch, index))
             sample = self.transform(sample, rng)
-        return normalise(sample)
+        return {**normalise(sample), "skipped": skipped}
 
 
 class NYUD(DenseDataset):
@@ -813,7 +823,13 @@ def make_loader(
         # all steps of an epoch are of one size
         drop_last=shuffle and len(dataset) >= batch_size,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=die_quietly,
     )
+
+
+def die_quietly(worker: int) -> None:
+    """A worker does not inherit what its parent does on SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ==================================================================================================

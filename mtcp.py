@@ -57,6 +57,7 @@ from safetensors.torch import load_file
 from timm.layers import LayerNorm2d
 from timm.models.swin_transformer import SwinTransformerBlock, SwinTransformerStage
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # ==================================================================================================
 # Tasks and configuration
@@ -108,6 +109,7 @@ class MTCPConfig:
     cfm: bool = True  # False: X̂_t = X_t, nothing passes between the tasks after R
     cfm_stride: int = 1  # s averages CFM's keys and values over s x s pixels; 1 is exact
     trace_back: bool = True  # False: ŷ_final is decoded from X̂_t
+    checkpointing: bool = False  # True: less memory, more time, the same gradients; see MTCP.part
 
 
 PRESETS = {
@@ -842,7 +844,9 @@ class MTCP(nn.Module):
         padded = F.pad(x, (0, -W % 32, 0, -H % 32))
         P, M = self.shared(padded)  # (B,C,h,w), (B,N,h,w)
         R = shared_representation(P, M)  # (B,C,h,w)
-        F_all = {t: self.decoder[t](R) for t in self.names}  # F_t = [f1, f2, f3] for each task
+        F_all = {
+            t: self.part(self.decoder[t], R) for t in self.names
+        }  # F_t = [f1, f2, f3] for each task
         X = {t: self.pyramid[t](F_all[t]) for t in self.names}  # X_t (B,C,h,w)
         X_hat = self.fuse(X)  # X̂_t (B,C,h,w)
 
@@ -859,8 +863,18 @@ class MTCP(nn.Module):
 
     def shared(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B,3,H,W), H and W multiples of 32 → P (B,C,h,w), M (B,N,h,w), as in Mask2Former."""
-        P, coarse = self.pixel_decoder(self.backbone(x))
+        P, coarse = self.part(self.pixel_decoder, self.part(self.backbone, x))
         return P, self.query_decoder(P, coarse)
+
+    def part(self, module: nn.Module, x):
+        """module(x); with checkpointing, what its layers computed is not kept for the gradient.
+
+        It is computed again where the gradient needs it. Not used for CFM, trace-back and heads:
+        their BatchNorms would count the batch twice in their running statistics.
+        """
+        if self.cfg.checkpointing and self.training:
+            return checkpoint(module, x, use_reentrant=False)
+        return module(x)
 
     def fuse(self, X: dict[str, Tensor]) -> dict[str, Tensor]:
         """{t: X_t} → {t: X̂_t}, (B,C,h,w) each. The order of the tasks plays no part."""

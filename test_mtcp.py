@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -322,6 +323,34 @@ def test_one_image_alone_in_bfloat16_and_after_saving(tmp_path):
         close(first[t]["final"], both[t]["final"][:1], 1e-4)
         close(loaded[t]["final"], both[t]["final"])
     close(rough["depth"]["final"].float(), both["depth"]["final"], 0.1)
+
+
+def test_checkpointing_changes_no_gradient():
+    torch.manual_seed(0)
+    model = MTCP(NYUD_TASKS, replace(TOY, drop_path=0.5)).train()
+    x = torch.randn(2, 3, 64, 96)
+    seen = []
+    for checkpointing in (False, True):
+        model.cfg = replace(model.cfg, checkpointing=checkpointing)
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.reset_running_stats()
+        model.zero_grad()
+        torch.manual_seed(1)  # of stochastic depth
+        kept = 0
+
+        def keep(t):
+            nonlocal kept
+            kept += t.numel()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            outputs = model(x)
+        sum(y["final"].square().mean() for y in outputs.values()).backward()
+        state = [p.grad for p in model.parameters()], [b.clone() for b in model.buffers()]
+        seen.append(([v for part in state for v in part if v is not None], kept))
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][0], seen[1][0], strict=True))
+    assert seen[1][1] < 0.7 * seen[0][1]
 
 
 def test_order_of_tasks_has_no_effect():
@@ -1924,8 +1953,9 @@ def test_a_run_writes_its_folder_and_repeats_and_resumes_exactly(rooms, tmp_path
     a = tmp_path / "a"
     b = tmp_path / "b"
     whole = run(rooms, a, "--epochs", "2")
-    written = {"config.json", "log.jsonl", "last.pt", "best.pt", "metrics.json", "predictions.png"}
-    assert {p.name for p in a.iterdir()} == written
+    written = {"config.json", "log.jsonl", "metrics.json", "predictions.png", ".lock"}
+    checkpoints = {"last.pt", "previous.pt", "best.pt"}
+    assert {p.name for p in a.iterdir()} == written | checkpoints
     assert json.loads((a / "metrics.json").read_text()) == whole and whole["dataset"] == "rooms"
     log = [json.loads(line) for line in (a / "log.jsonl").read_text().splitlines()]
     assert [entry["epoch"] for entry in log] == [0, 1]
@@ -1952,6 +1982,80 @@ def test_a_run_writes_its_folder_and_repeats_and_resumes_exactly(rooms, tmp_path
     refused("not empty", run, rooms, b)
 
 
+def train_elsewhere(root: Path, out: Path, *flags) -> subprocess.Popen:
+    """train.py in a process of its own, three epochs of little work."""
+    command = [sys.executable, str(HERE / "train.py"), "--root", str(root), "--out", str(out)]
+    command += ["--resume", "--epochs", "3", "--tasks", "semseg", "depth", *CPU, "--workers", "1"]
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *flags], env=quiet, **pipes)
+
+
+@pytest.mark.parametrize("flags", ["--balancer lps --amp", "--balancer dwa"])
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(rooms, tmp_path, flags):
+    whole = train_elsewhere(rooms, tmp_path / "whole", *flags.split())
+    began = time.time()
+    assert whole.wait() == 0
+    takes = time.time() - began
+    rng = np.random.default_rng(0)
+    for _ in range(5):  # most of them while it trains or saves, some before
+        process = train_elsewhere(rooms, tmp_path / "cut", *flags.split())
+        try:
+            process.wait(timeout=rng.uniform(0.4, 1.0) * takes)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    process = train_elsewhere(rooms, tmp_path / "cut", *flags.split())
+    assert process.wait() == 0, process.stderr.read()
+    ends = [train.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "cut")]
+    for part in ("model", "balancer"):
+        assert all(torch.equal(ends[0][part][k], ends[1][part][k]) for k in ends[0][part])
+    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "cut")]
+    assert logs[0] == logs[1] and logs[0].count("\n") == 3
+    assert not list((tmp_path / "cut").glob(".*.pt.*"))
+
+
+def test_a_run_that_is_told_to_stop_says_how_to_go_on(rooms, tmp_path):
+    out = tmp_path / "run"
+    process = train_elsewhere(rooms, out, "--epochs", "500")
+    while not (out / "last.pt").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    refused("run is in use by another process", train.lock, out)
+    process.terminate()
+    assert process.wait() == 143
+    assert process.stderr.read().endswith(f"go on by: python train.py --resume --out {out}\n")
+    train.lock(out).close()
+
+
+def test_a_checkpoint_that_was_cut_is_replaced_by_the_one_before(rooms, tmp_path, capsys):
+    flags = ("--tasks", "depth", "--epochs", "3")
+    a = tmp_path / "a"
+    run(rooms, a, *flags)
+    end = train.load_checkpoint(a / "last.pt")["model"]
+    (a / "last.pt").write_bytes((a / "last.pt").read_bytes()[:-5000])
+    train.main(train.parse_args(["--out", str(a), "--resume"]))
+    assert "last.pt is no checkpoint" in capsys.readouterr().err
+    again = train.load_checkpoint(a / "last.pt")["model"]
+    assert all(torch.equal(end[name], again[name]) for name in end)
+    assert (a / "log.jsonl").read_text().count("\n") == 3
+
+
+def test_bad_samples_are_skipped_and_counted(sets, tmp_path, capsys):
+    root = tmp_path / "rooms"
+    shutil.copytree(sets["rooms"], root)
+    (root / "depth/rooms_00003.npy").write_bytes(b"bad")
+    flags = ("--tasks", "depth", "--epochs", "2", "--batch-size", "11")
+    refused("rooms_00003.npy cannot be read", run, root, tmp_path / "a", *flags)
+    report = run(root, tmp_path / "b", "--skip-bad-samples", *flags)
+    assert report["skipped"] == 2  # in each epoch one
+    assert "skipped: " in capsys.readouterr().err
+    dataset = data.NYUD(root, "train", ["depth"])
+    dataset.skip_bad = True
+    assert dataset[3]["name"] == "rooms_00004" and dataset[3]["skipped"] == 1
+    assert dataset[4]["skipped"] == 0
+
+
 @pytest.mark.parametrize("when", ["gradient", "weight"])
 def test_what_is_not_finite_replaces_no_checkpoint(rooms, tmp_path, monkeypatch, when):
     """In the second epoch: an infinite gradient, or a step to where there are no numbers."""
@@ -1968,7 +2072,7 @@ def test_what_is_not_finite_replaces_no_checkpoint(rooms, tmp_path, monkeypatch,
         return norm
 
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", poisoned)
-    with pytest.raises(FloatingPointError, match="a lower --lr"):
+    with pytest.raises(FloatingPointError, match="its images: rooms_.*a lower --lr"):
         run(rooms, out, "--epochs", "2", "--tasks", "normals", "--batch-size", "11")
     assert train.load_checkpoint(out / "last.pt")["epoch"] == 0
     assert all(v.isfinite().all() for v in train.load_checkpoint(out / "best.pt")["model"].values())
@@ -2323,7 +2427,7 @@ def test_bad_flags_get_one_sentence_and_status_2(tmp_path, monkeypatch, capsys, 
      "--tasks depth --single DIR", "metrics.json has no result of depth"),
     ("x", b"", "--out RUN", "is not empty: choose another --out, or go on by --resume"),
     ("x", b"", "--out RUN/x", "x is not empty"),
-    ("x", b"", "--out RUN/x/y", "the folder of a run cannot be made"),
+    ("x", b"", "--out RUN/x/y", "the folder cannot be made"),
     ("x", b"", "--root RUN/x", "Not a directory: "),
     ("x", b"", "--out RUN --resume --tasks semseg", "with --tasks depth, not with --tasks semseg"),
     ("x", b"", "--out RUN --resume --amp", "was begun without --amp, not with --amp"),
@@ -2332,7 +2436,7 @@ def test_bad_flags_get_one_sentence_and_status_2(tmp_path, monkeypatch, capsys, 
     ("x", b"", "--eval RUN/best.pt --root RUN", "gt_sets/train.txt not found"),
     ("x", b"", "--eval RUN/best.pt --no-cfm", "as it was trained: drop --no-cfm"),
     ("last.pt", None, "--out RUN --resume", "is a finished run without its last.pt"),
-    ("last.pt", "best.pt", "--out RUN --resume", "last.pt has no ['balancer', 'best', 'opti"),
+    ("last.pt", "best.pt", "--out RUN --resume", "last.pt has no ['balancer', 'best', 'log', "),
 ])  # fmt: skip
 def test_a_damaged_run_folder_gets_one_sentence(
     rooms, finished, tmp_path, monkeypatch, capsys, file, content, flags, said

@@ -22,6 +22,8 @@ metrics.json (final figures on the test split) and predictions.png.
 import argparse
 import json
 import math
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -46,6 +48,11 @@ import data
 import mtcp
 from data import DataError, angle_between, normals_from_depth, smooth_surface
 from mtcp import IGNORE_INDEX, MTCP, Task
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: there, nobody stops two processes from sharing a folder
+    fcntl = None
 
 # ==================================================================================================
 # Recipes and flags
@@ -135,6 +142,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, metavar="N", help="processes that load data (2); 0: none")
     add("--device", help="cpu, cuda, mps, … (default: the best there is)")
     add("--amp", action="store_true", help="bfloat16 autocast")
+    add("--checkpointing", action="store_true", help="less memory for more time")
+    add("--skip-bad-samples", action="store_true", help="take another image for a training image\n"
+        "that cannot be read, and count")  # fmt: skip
     add("--out", type=Path, help="run folder (runs/DATASET-N, N counting up)")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one, with\n"
         "its flags; more --epochs stretch the schedule")  # fmt: skip
@@ -194,9 +204,9 @@ def prediction_flags(args: argparse.Namespace, parser: argparse.ArgumentParser):
 
 def same_run(args: argparse.Namespace, saved: dict, parser: argparse.ArgumentParser) -> dict:
     """The flags a run was begun with. Exits if other ones were typed now, or if last.pt is lost."""
-    if (args.out / "metrics.json").is_file() and not (args.out / "last.pt").is_file():
+    if (args.out / "metrics.json").is_file() and last_checkpoint(args.out) is None:
         raise DataError(f"{args.out} is a finished run without its last.pt: choose another --out")
-    absent = vars(args).keys() - saved.keys()
+    absent = vars(args).keys() - saved.keys() - set(OWN)
     if absent:
         raise DataError(f"{args.out}/config.json is damaged: it has no {sorted(absent)[0]}")
     for key, typed in vars(args).items():
@@ -242,7 +252,10 @@ def evaluated_run(args: argparse.Namespace) -> dict:
 
 
 def holds_something(folder: Path) -> bool:
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    """Hidden files do not count: a lock, or what is left of a write that was cut off."""
+    if not folder.is_dir():
+        return folder.exists()
+    return any(not path.name.startswith(".") for path in folder.iterdir())
 
 
 def fill_in(args: argparse.Namespace, defaults: dict) -> None:
@@ -325,8 +338,10 @@ def make_datasets(args: argparse.Namespace) -> tuple:
     resized = partial(resize_image, size=size) if size else None
     stems, held_out = data.hold_out(kind.list_stems(root, "train"), HOLDOUT)
     train_set = kind(root, "train", tasks, augment, stems, args.seed)
+    train_set.skip_bad = args.skip_bad_samples
     test_set = kind(root, "val", tasks, resized)
     plain_set = kind(root, "train", tasks, None, stems)
+    plain_set.skip_bad = args.skip_bad_samples
     held_out_set = kind(root, "train", tasks, resized, held_out)
     data.require_sound_splits([train_set, held_out_set], test_set)
     return train_set, plain_set, held_out_set, test_set
@@ -367,6 +382,7 @@ def make_config(args: argparse.Namespace) -> mtcp.MTCPConfig:
         cfg = replace(cfg, backbone=args.backbone, backbone_args={})
     if args.cfm_stride is not None:
         cfg = replace(cfg, cfm_stride=args.cfm_stride)
+    cfg = replace(cfg, checkpointing=args.checkpointing)
     return replace(cfg, cfm=not args.no_cfm, trace_back=not args.no_trace_back)
 
 
@@ -892,8 +908,15 @@ def read_json(path: Path) -> dict:
 
 
 def save_checkpoint(path: Path, **content) -> None:
+    """The file is on the disk, whole, before it takes the place of an older one."""
+
+    def write(file) -> None:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
     try:
-        data.save(path, lambda f: torch.save(content, f))
+        data.save(path, write)
     except RuntimeError as error:  # torch's word for a full disk
         raise OSError(f"{path} cannot be written; is the disk full? ({error})") from error
 
@@ -910,6 +933,31 @@ def load_checkpoint(path: Path) -> dict:
     if missing:
         raise DataError(f"{path} is no checkpoint of train.py: it has no {sorted(missing)}")
     return content
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The checkpoint from which a run goes on; None before the end of its first epoch."""
+    found = [out / name for name in ("last.pt", "previous.pt") if (out / name).is_file()]
+    for path in found:
+        try:
+            load_checkpoint(path)
+            return path
+        except DataError as error:
+            if path == found[-1]:
+                raise
+            print(f"{error}; going on from {found[-1]}", file=sys.stderr)
+    return None
+
+
+def lock(folder: Path):
+    """A file that is locked as long as this process lives. DataError if another one holds it."""
+    file = open(folder / ".lock", "w")  # noqa: SIM115  (closing it would end the lock)
+    try:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise DataError(f"{folder} is in use by another process: choose another --out") from error
+    return file
 
 
 def load_model(path: str | Path) -> MTCP:
@@ -963,14 +1011,28 @@ def results_table(tasks: tuple[Task, ...], report: dict) -> str:
     return "\n".join(lines)
 
 
-def require_finite(values: Tensor, losses: dict[str, Tensor]) -> None:
-    """FloatingPointError if a total loss, a gradient's norm or weights are not finite."""
+def require_finite(values: Tensor, losses: dict[str, Tensor], names: list[str]) -> None:
+    """FloatingPointError if a total loss, a gradient's norm or weights are not finite.
+
+    names: the images of the batch, one of which may be to blame.
+    """
     if not torch.isfinite(values).all():
         last = {t: round(loss.item(), 3) for t, loss in losses.items()}
         raise FloatingPointError(
-            f"training has left the finite numbers (losses of the last step: {last}): "
-            "begin a new run with a lower --lr"
+            f"training has left the finite numbers (losses of the last step: {last}; its images: "
+            f"{mtcp.listed(names)}): look at these, or begin a new run with a lower --lr"
         )
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: Slurm's word, for example, before it takes the machine away."""
+
+    asked = False
+
+
+def terminate(*_) -> None:
+    Terminated.asked = True
+    raise Terminated
 
 
 class Run:
@@ -988,18 +1050,24 @@ class Run:
         }
         begun = args.resume and holds_something(args.out)
         self.out = args.out if begun else new_folder(args.out, f"runs/{args.dataset}")
+        self.lock = lock(self.out)
+        for left in self.out.glob(".*.pt.*"):  # of a process that was killed while it saved
+            left.unlink()
         config = {**self.about["args"], "started_from": start}
         self.next_epoch = 0
         self.best = -math.inf
-        if (self.out / "last.pt").is_file():
-            saved = load_checkpoint(self.out / "last.pt")
-            absent = {*self.parts, "epoch", "best"} - saved.keys()
+        self.log = []
+        path = last_checkpoint(self.out)
+        if path is not None:
+            saved = load_checkpoint(path)
+            absent = {*self.parts, "epoch", "best", "log"} - saved.keys()
             if absent:
-                raise DataError(f"{self.out}/last.pt has no {sorted(absent)}: is it a best.pt?")
+                raise DataError(f"{path} has no {sorted(absent)}: is it a best.pt?")
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             self.next_epoch = saved["epoch"] + 1
             self.best = saved["best"]
+            self.log = saved["log"]
             config = read_json(self.out / "config.json")
             if config["epochs"] != args.epochs:
                 print(f"schedule stretched from {config['epochs']} to {args.epochs} epochs")
@@ -1009,20 +1077,30 @@ class Run:
         print(table_row("epoch", *(c for t in model.tasks for c in (t.name, "weight", t.metric))))
 
     def end_epoch(
-        self, epoch: int, losses: dict, weights: list, results: dict, reached: float
+        self, epoch: int, losses: dict, weights: list, results: dict, reached: float, skipped: int
     ) -> None:
-        """Saves last.pt and, if the score is the highest yet, best.pt; adds a line to the log."""
+        """Saves last.pt and, if the score is the highest yet, best.pt; adds a line to the log.
+
+        Whenever the process dies, last.pt or previous.pt is whole, and the epoch after it is run
+        again, with the same draws.
+        """
         model = self.parts["model"]
+        weights = dict(zip(model.names, weights, strict=True))
+        entry = {"epoch": epoch, "loss": losses, "weight": weights, "heldout": results}
+        entry |= {"skipped": skipped} if skipped else {}
+        self.log.append(without_nan({**entry, "score": reached}))
         if not reached <= self.best:  # also where it is NaN, so that there is always a best.pt
             self.best = reached
             state = model.state_dict()
             save_checkpoint(self.out / "best.pt", **self.about, model=state, epoch=epoch)
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        save_checkpoint(self.out / "last.pt", **self.about, **states, epoch=epoch, best=self.best)
-        weights = dict(zip(model.names, weights, strict=True))
-        entry = {"epoch": epoch, "loss": losses, "weight": weights, "heldout": results}
-        with open(self.out / "log.jsonl", "a") as log:
-            log.write(json.dumps(without_nan({**entry, "score": reached})) + "\n")
+        progress = {"epoch": epoch, "best": self.best, "log": self.log}
+        save_checkpoint(self.out / "next.pt", **self.about, **states, **progress)
+        if (self.out / "last.pt").is_file():
+            os.replace(self.out / "last.pt", self.out / "previous.pt")
+        os.replace(self.out / "next.pt", self.out / "last.pt")
+        lines = [json.dumps(line) + "\n" for line in self.log]
+        data.save_text(self.out / "log.jsonl", "".join(lines))
         cells = []
         for t in model.tasks:
             cells += [losses[t.name], weights[t.name], results[t.name][t.metric]]
@@ -1061,9 +1139,9 @@ def main(args: argparse.Namespace) -> dict:
     recipe = find_recipe(args.dataset, args.preset)
     tasks = tuple(t for t in recipe.tasks if t.name in args.tasks)
     single = single_task_results(args.single, args.dataset, tasks) if args.single else None
-    begun = args.resume and (args.out / "last.pt").is_file()
+    begun = last_checkpoint(args.out) if args.resume else None
     if begun:
-        model, start = load_model(args.out / "last.pt"), "last.pt"
+        model, start = load_model(begun), begun.name
     else:
         model, start = make_started_model(tasks, make_config(args), args.start)
     if args.dataset in data.WRITERS and not begun:
@@ -1082,6 +1160,7 @@ def main(args: argparse.Namespace) -> dict:
     judging = judging_tasks(tasks, trivial)
     parts = {"balancer": balancer, "optimizer": optimizer, "scheduler": scheduler}
     run = Run(args, model, start, train_set, **parts)
+    args.out = run.out  # also where it was chosen here: `cli` says how to go on
 
     # --- Loop: from the images on disk to the optimiser's step, and a look after every epoch ---
     for epoch in range(run.next_epoch, args.epochs):
@@ -1092,33 +1171,39 @@ def main(args: argparse.Namespace) -> dict:
             train_set, args.batch_size, shuffle=True, seed=args.seed + epoch, workers=args.workers
         )
         seen = {t: [] for t in model.names}
+        skipped = 0
         model.train()
         for batch in tqdm(loader, desc=f"epoch {epoch + 1}", leave=False):
             images = batch["image"].to(args.device, memory_format=torch.channels_last)
             targets = {t: batch[t].to(args.device) for t in model.names}
+            skipped += batch["skipped"].sum().item()
             with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
                 outputs = model(images)
             losses = mtcp.task_losses(tasks, outputs, targets)  # {task: L_t}
             total = balancer(losses)  # Σ_t w_t log(1 + L_t)
-            require_finite(total, losses)
+            require_finite(total, losses, batch["name"])
             optimizer.zero_grad()
             total.backward()
             # D13: before the step. The release clips after it on PASCAL, which does nothing.
             norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-            require_finite(norm, losses)
+            require_finite(norm, losses, batch["name"])
             optimizer.step()
             scheduler.step()
+            if Terminated.asked:  # and Python has dropped the exception, as it does in a __del__
+                raise Terminated
             for t, loss in losses.items():
                 if loss > 0:  # exactly 0: no pixel of this batch says anything
                     seen[t].append(loss.item())
         # Before anything is saved: a last step may have led to where no loss is seen any more.
-        require_finite(torch.stack([p.detach().abs().max() for p in model.parameters()]), losses)
+        largest = torch.stack([p.detach().abs().max() for p in model.parameters()])
+        require_finite(largest, losses, batch["name"])
         means = {t: float(np.mean(values)) if values else math.nan for t, values in seen.items()}
         weights = balancer.weights.tolist()  # of this epoch's last step, before they change
         balancer.end_epoch()
         # D14: held-out training images choose the epoch. The release uses the test split.
         results = evaluate(model, tasks, held_out, args.device, args.amp)
-        run.end_epoch(epoch, means, weights, results, score(judging, results, trivial))
+        reached = score(judging, results, trivial)
+        run.end_epoch(epoch, means, weights, results, reached, skipped)
 
     # --- Test: once, with the weights of the epoch that the held-out images chose ---
     chosen = load_checkpoint(run.out / "best.pt")
@@ -1128,6 +1213,8 @@ def main(args: argparse.Namespace) -> dict:
     if single is not None:
         report["delta_m"] = score(tasks, report["test"], single)
     report |= {"dataset": args.dataset, "best_epoch": chosen["epoch"] + 1}
+    if args.skip_bad_samples:
+        report["skipped"] = sum(line.get("skipped", 0) for line in run.log)
     report |= {"parameters": parameters(model), "seconds": round(time.time() - started)}
     return finish(run.out, report, model, tasks, test_set)
 
@@ -1280,8 +1367,10 @@ def save_labels(out: Path, name: str, tasks, pixels: np.ndarray, labels: dict, c
 
 
 def cli(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 with one sentence on stderr."""
+    """Exit status: 0; 2 with one sentence on stderr; 130 after Ctrl-C, 143 after SIGTERM."""
     data.keep_printing()
+    signal.signal(signal.SIGTERM, terminate)
+    args = None
     try:
         args = parse_args(argv)
         if args.predict is not None:
@@ -1299,9 +1388,12 @@ def cli(argv: list[str] | None = None) -> int:
             raise
         reason = str(error).splitlines()[0]
         print(f"a process that loads data has died ({reason}): try --workers 0", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped; go on by --resume --out with the folder of the run", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        if args is not None and args.out is not None:
+            print(
+                f"\nstopped; go on by: python train.py --resume --out {args.out}", file=sys.stderr
+            )
+        return 143 if isinstance(stop, Terminated) else 130
     else:
         return 0
     return 2
