@@ -38,6 +38,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import permutations, product
@@ -216,11 +217,12 @@ def contact_sheet(titles: list[str], rows: list[list[Array]], height=192) -> Ima
 
 
 def legend(title: str, entries: dict[int, str], width: int) -> Image.Image:
-    """A title, then for each class index its colour and what is said of it, in as many rows."""
+    """A title, then each class's colour and what is said of it, in as many rows as it takes."""
     font = ImageFont.load_default(size=14)
     texts = [title, *entries.values()]
     column = 36 + max(math.ceil(font.getlength(text)) for text in texts)
-    columns = max(1, width // column)
+    width = max(width, column)
+    columns = width // column
     sheet = Image.new("RGB", (width, 24 * math.ceil(len(texts) / columns)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (index, text) in enumerate(zip((None, *entries), texts, strict=True)):
@@ -257,12 +259,15 @@ def read_photograph(path: Path) -> Array:
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):  # 16 bits: Pillow would cut, not divide
-                return np.repeat((np.asarray(image) / 257).astype(np.uint8)[..., None], 3, axis=2)
+            if image.mode.startswith("I"):  # 16 bits: Pillow would cut, not divide
+                grey = np.clip(np.asarray(image) / 257, 0, 255).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, axis=2)
+            if image.mode == "F":
+                raise ValueError("floating point: save it with 8 bits")
             rgba = image.convert("RGBA")
             white = Image.new("RGBA", rgba.size, "white")
             return np.array(Image.alpha_composite(white, rgba).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a broken EXIF block fails in ways of its own
         raise DataError(f"{path} is no readable image ({error})") from error
 
 
@@ -394,14 +399,15 @@ class DenseDataset(Dataset):
                the number of workers. Set `epoch` before every epoch.
     complete   False: leave missing files to the caller
 
-    With skip_bad, another image takes the place of one that cannot be read; "skipped" counts them.
+    With skip_bad, the next image takes the place of one that cannot be read, and a sample says how
+    many were passed over: "skipped".
     Raises DataError if the folder is no such archive, or any file that will be needed is missing.
     """
 
     lists: dict[str, str]  # "train" and "val", the test split → list of file stems below the root
     layouts: dict[str, dict[str, str]]  # archive → key → path; "a | b": b where there is no a
     readers: dict[str, Callable[[Path], Array]]  # task → reader
-    classes: dict[str, tuple[str, ...]]  # task → class names, for `check`
+    classes: dict[str, tuple[str, ...]]  # task → class names, for `check` and --predict
     one_size: bool  # do all images have the same size?
     help: str  # what is expected below {root}
     unsupported: dict[str, str] = {}  # path with {} for a stem → what to say if this file exists
@@ -506,18 +512,20 @@ class DenseDataset(Dataset):
         return len(self.stems)
 
     def __getitem__(self, index: int) -> dict:
-        for skipped in range(len(self)):
+        others = (*self.stems[index + 1 :], *self.stems[:index]) if self.skip_bad else ()
+        for skipped, stem in enumerate((self.stems[index], *others)):
             try:
-                sample = self.read(self.stems[(index + skipped) % len(self)])
+                sample = self.read(stem)
                 break
             except DataError as error:
-                if not self.skip_bad or skipped == len(self) - 1:
+                if skipped == len(others):
                     raise
                 print(f"skipped: {error}", file=sys.stderr)
         if self.transform is not None:
             rng = np.random.default_rng((self.seed, self.epoch, index))
             sample = self.transform(sample, rng)
-        return {**normalise(sample), "skipped": skipped}
+        sample = normalise(sample)
+        return {**sample, "skipped": skipped} if self.skip_bad else sample
 
 
 class NYUD(DenseDataset):
@@ -543,6 +551,7 @@ class NYUD(DenseDataset):
     segmentation/STEM.png                   0 = unlabelled, 1…40
     depth/STEM.npy                          metres
     normals/STEM.npy | .png                 (.jpg and .npy in NYUD_MT, .png and .png in NYUDv2)
+or made of the official file by: python data.py nyud --mat nyu_depth_v2_labeled.mat --out {root}
 README.md, section "Real data", says where the two archives are described."""
     unsupported = dict.fromkeys(
         ("segmentation/{}.mat", "normals/{}.jpg"),
@@ -1819,9 +1828,9 @@ def fit_normals(depth: Array) -> Array:
 
 def require_official_file(mat: Path) -> None:
     """DataError unless `mat` is nyu_depth_v2_labeled.mat, as far as its header tells."""
-    h5py = import_h5py()
     if not mat.is_file():
         raise DataError(f"{mat} not found: download nyu_depth_v2_labeled.mat of NYU Depth v2 first")
+    h5py = import_h5py()
     n = NYUD_IMAGES
     expected = {"images": (n, 3, 640, 480), "depths": (n, 640, 480), "labels": (n, 640, 480)}
     try:
@@ -1878,7 +1887,7 @@ def convert_nyud(mat: Path, out: Path) -> None:
     require_official_file(mat)
     marker = out / "converted.json"
     about = json.dumps({"from": mat.name, "bytes": mat.stat().st_size})
-    if not marker.is_file() and out.exists() and any(out.iterdir()):
+    if not marker.is_file() and out.exists() and any(p.name[0] != "." for p in out.iterdir()):
         raise DataError(f"{out} is not empty: choose another --out")
     if marker.is_file() and marker.read_text() != about:
         raise DataError(f"{out} was made from another file: choose another --out")
@@ -1906,7 +1915,7 @@ def keep_printing() -> None:
 
 def main() -> int:
     keep_printing()
-    parser = argparse.ArgumentParser(description="Render a stand-in dataset, or check an archive.")
+    parser = argparse.ArgumentParser(description="Render a stand-in dataset, convert or check one.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name in WRITERS:
         layout = next(iter(DATASETS[name].layouts))
@@ -1940,7 +1949,11 @@ def main() -> int:
         return 0
     except (DataError, OSError) as error:
         print(error, file=sys.stderr)
-        return 1 if args.command == "check" else 2
+    except BrokenProcessPool:
+        print(
+            "a process that worked on it was killed; out of memory? Say it again", file=sys.stderr
+        )
+    return 1 if args.command == "check" else 2
 
 
 if __name__ == "__main__":

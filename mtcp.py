@@ -869,10 +869,11 @@ class MTCP(nn.Module):
     def part(self, module: nn.Module, x):
         """module(x); with checkpointing, what its layers computed is not kept for the gradient.
 
-        It is computed again where the gradient needs it. Not used for CFM, trace-back and heads:
-        their BatchNorms would count the batch twice in their running statistics.
+        It is computed again where the gradient needs it. Only for parts without BatchNorm, which
+        would count the batch twice in its running statistics: not for CFM, trace-back and heads.
         """
-        if self.cfg.checkpointing and self.training:
+        twice = any(isinstance(m, nn.BatchNorm2d) for m in module.modules())
+        if self.cfg.checkpointing and self.training and not twice:
             return checkpoint(module, x, use_reentrant=False)
         return module(x)
 

@@ -15,14 +15,15 @@ Single-task networks, and Δm against them:
     done
     python train.py --single runs/single
 
-A run folder holds config.json (all flags), log.jsonl (a line per epoch), last.pt, best.pt,
-metrics.json (final figures on the test split) and predictions.png.
+A run folder holds config.json (all flags), log.jsonl (a line per epoch), last.pt, previous.pt and
+best.pt, metrics.json (final figures on the test split) and predictions.png.
 """
 
 import argparse
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -105,8 +106,10 @@ HOLDOUT = 0.05  # share of the training split that chooses the best epoch
 
 
 def find_recipe(dataset: str, preset: str | None) -> Recipe:
-    recipes = SMALL_RECIPES if preset == "small" else {}
-    return recipes.get(dataset, RECIPES[dataset])
+    recipe = RECIPES[dataset]
+    if preset == "small":
+        return SMALL_RECIPES.get(dataset, replace(recipe, backbone_lr=LAPTOP["backbone_lr"]))
+    return recipe
 
 
 BALANCERS = {  # name → (task names, κ) → balancer
@@ -143,8 +146,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", help="cpu, cuda, mps, … (default: the best there is)")
     add("--amp", action="store_true", help="bfloat16 autocast")
     add("--checkpointing", action="store_true", help="less memory for more time")
-    add("--skip-bad-samples", action="store_true", help="take another image for a training image\n"
-        "that cannot be read, and count")  # fmt: skip
+    add("--skip-bad-samples", action="store_true", help="where an image of the training split\n"
+        "cannot be read, take the next one, and count")  # fmt: skip
     add("--out", type=Path, help="run folder (runs/DATASET-N, N counting up)")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one, with\n"
         "its flags; more --epochs stretch the schedule")  # fmt: skip
@@ -175,16 +178,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-OWN = (
-    "out",
-    "resume",
-    "eval",
-    "single",
-    "predict",
-    "checkpoint",
-    "npz",
-)  # of this call alone, never taken from a saved run
-FREE = (*OWN, "root", "workers", "device")  # may differ with --resume: the same data, elsewhere
+# Of this call alone, never taken from a saved run.
+OWN = ("out", "resume", "eval", "single", "predict", "checkpoint", "npz")
+# May differ with --resume: the same data, elsewhere; what helps after a run has died.
+FREE = (*OWN, "root", "workers", "device", "checkpointing", "skip_bad_samples")
 EVALUATION = ("dataset", "root", "tasks", "size", "batch_size", "workers", "device", "amp", "out",
               "eval", "single")  # may be typed with --eval  # fmt: skip
 PREDICTION = ("predict", "checkpoint", "npz", "out", "device", "amp")  # with --predict
@@ -204,7 +201,8 @@ def prediction_flags(args: argparse.Namespace, parser: argparse.ArgumentParser):
 
 def same_run(args: argparse.Namespace, saved: dict, parser: argparse.ArgumentParser) -> dict:
     """The flags a run was begun with. Exits if other ones were typed now, or if last.pt is lost."""
-    if (args.out / "metrics.json").is_file() and last_checkpoint(args.out) is None:
+    checkpoints = [args.out / name for name in ("last.pt", "previous.pt")]
+    if (args.out / "metrics.json").is_file() and not any(c.is_file() for c in checkpoints):
         raise DataError(f"{args.out} is a finished run without its last.pt: choose another --out")
     absent = vars(args).keys() - saved.keys() - set(OWN)
     if absent:
@@ -322,27 +320,28 @@ def best_device() -> str:
 # ==================================================================================================
 
 
-def make_datasets(args: argparse.Namespace) -> tuple:
-    """Four splits of a dataset: training, the same images as they are, held out, test.
+def make_datasets(
+    name: str, root: Path, tasks: list[str], size, seed: int, preset=None, skip_bad=False
+) -> tuple:
+    """Four splits of dataset `name`: training, the same images as they are, held out, test.
 
-    Images are resized to --size, unless it is None.
+    Images are resized to `size`, unless it is None. skip_bad: see DenseDataset; not for the test.
     """
-    kind = data.DATASETS[args.dataset]
-    recipe = find_recipe(args.dataset, args.preset)
+    kind = data.DATASETS[name]
+    recipe = find_recipe(name, preset)
     require_rows(recipe.tasks, kind)
-    root, tasks, size = args.root, args.tasks, args.size
     augment = partial(
         data.augment, scales=recipe.scales, degrees=recipe.degrees, jitter=recipe.jitter, size=size
     )
     # For evaluation only the image is resized: the labels keep their resolution.
     resized = partial(resize_image, size=size) if size else None
     stems, held_out = data.hold_out(kind.list_stems(root, "train"), HOLDOUT)
-    train_set = kind(root, "train", tasks, augment, stems, args.seed)
-    train_set.skip_bad = args.skip_bad_samples
+    train_set = kind(root, "train", tasks, augment, stems, seed)
     test_set = kind(root, "val", tasks, resized)
     plain_set = kind(root, "train", tasks, None, stems)
-    plain_set.skip_bad = args.skip_bad_samples
     held_out_set = kind(root, "train", tasks, resized, held_out)
+    for dataset in (train_set, plain_set, held_out_set):
+        dataset.skip_bad = skip_bad
     data.require_sound_splits([train_set, held_out_set], test_set)
     return train_set, plain_set, held_out_set, test_set
 
@@ -878,7 +877,7 @@ def new_folder(out: Path | None, default: str) -> Path:
             n += 1
         out = Path(f"{default}-{n}")
     elif holds_something(out):
-        raise DataError(f"{out} is not empty: choose another --out, or go on by --resume")
+        raise DataError(f"{out} is not empty: choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -935,18 +934,24 @@ def load_checkpoint(path: Path) -> dict:
     return content
 
 
-def last_checkpoint(out: Path) -> Path | None:
-    """The checkpoint from which a run goes on; None before the end of its first epoch."""
-    found = [out / name for name in ("last.pt", "previous.pt") if (out / name).is_file()]
-    for path in found:
-        try:
-            load_checkpoint(path)
-            return path
-        except DataError as error:
-            if path == found[-1]:
-                raise
-            print(f"{error}; going on from {found[-1]}", file=sys.stderr)
-    return None
+def last_checkpoint(out: Path) -> dict | None:
+    """What a run goes on from; None before the end of its first epoch.
+
+    A last.pt that cannot be read, or is missing, is replaced by the one before it.
+    """
+    last = out / "last.pt"
+    previous = out / "previous.pt"
+    if not last.is_file() and not previous.is_file():
+        return None
+    try:
+        return load_checkpoint(last)
+    except DataError as error:
+        if not previous.is_file():
+            raise
+        content = load_checkpoint(previous)
+        print(f"{error}; going on from {previous}", file=sys.stderr)
+        os.replace(previous, last)
+        return content
 
 
 def lock(folder: Path):
@@ -955,8 +960,10 @@ def lock(folder: Path):
     try:
         if fcntl is not None:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except (BlockingIOError, PermissionError) as error:
         raise DataError(f"{folder} is in use by another process: choose another --out") from error
+    except OSError as error:
+        print(f"{folder} cannot be locked ({error}): use it in one process only", file=sys.stderr)
     return file
 
 
@@ -965,7 +972,11 @@ def load_model(path: str | Path) -> MTCP:
 
     In a notebook: model = load_model("best.pt"); model(x)["depth"]["final"], x as in MTCP.forward.
     """
-    content = load_checkpoint(Path(path))
+    return build_model(load_checkpoint(Path(path)), path)
+
+
+def build_model(content: dict, path: Path) -> MTCP:
+    """The network of what was read from `path`; see load_model."""
     try:
         tasks = tuple(Task(**t) for t in content["tasks"])
         cfg = mtcp.MTCPConfig(**content["config"])
@@ -1038,7 +1049,7 @@ def terminate(*_) -> None:
 class Run:
     """The folder of a run, new or continued with --resume; written to after every epoch."""
 
-    def __init__(self, args: argparse.Namespace, model: MTCP, start: str, train_set, **parts):
+    def __init__(self, args, model: MTCP, start: str, train_set, saved: dict | None, **parts):
         self.parts = {"model": model, **parts}  # all that has a state
         self.about = {  # in every checkpoint: the flags, and all it takes to build the network
             "args": {key: plain(value) for key, value in vars(args).items()},
@@ -1057,17 +1068,16 @@ class Run:
         self.next_epoch = 0
         self.best = -math.inf
         self.log = []
-        path = last_checkpoint(self.out)
-        if path is not None:
-            saved = load_checkpoint(path)
+        if saved is not None:
             absent = {*self.parts, "epoch", "best", "log"} - saved.keys()
             if absent:
-                raise DataError(f"{path} has no {sorted(absent)}: is it a best.pt?")
+                raise DataError(f"{self.out}/last.pt has no {sorted(absent)}: is it a best.pt?")
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             self.next_epoch = saved["epoch"] + 1
             self.best = saved["best"]
             self.log = saved["log"]
+            self.write_log()  # its last line may be missing
             config = read_json(self.out / "config.json")
             if config["epochs"] != args.epochs:
                 print(f"schedule stretched from {config['epochs']} to {args.epochs} epochs")
@@ -1099,12 +1109,15 @@ class Run:
         if (self.out / "last.pt").is_file():
             os.replace(self.out / "last.pt", self.out / "previous.pt")
         os.replace(self.out / "next.pt", self.out / "last.pt")
-        lines = [json.dumps(line) + "\n" for line in self.log]
-        data.save_text(self.out / "log.jsonl", "".join(lines))
+        self.write_log()
         cells = []
         for t in model.tasks:
             cells += [losses[t.name], weights[t.name], results[t.name][t.metric]]
         print(table_row(f"{epoch + 1:5d}  {time.strftime('%H:%M:%S')}", *cells))
+
+    def write_log(self) -> None:
+        lines = [json.dumps(line) + "\n" for line in self.log]
+        data.save_text(self.out / "log.jsonl", "".join(lines))
 
 
 def parameters(model: nn.Module) -> int:
@@ -1140,13 +1153,15 @@ def main(args: argparse.Namespace) -> dict:
     tasks = tuple(t for t in recipe.tasks if t.name in args.tasks)
     single = single_task_results(args.single, args.dataset, tasks) if args.single else None
     begun = last_checkpoint(args.out) if args.resume else None
-    if begun:
-        model, start = load_model(begun), begun.name
+    if begun is not None:
+        model, start = build_model(begun, args.out), "last.pt"
+        model.cfg = replace(model.cfg, checkpointing=args.checkpointing)
     else:
         model, start = make_started_model(tasks, make_config(args), args.start)
-    if args.dataset in data.WRITERS and not begun:
+    if args.dataset in data.WRITERS and begun is None:
         data.ensure_set(args.dataset, args.root)
-    sets = make_datasets(args)
+    where = (args.dataset, args.root, args.tasks, args.size, args.seed)
+    sets = make_datasets(*where, args.preset, args.skip_bad_samples)
     train_set, plain_set, held_out_set, test_set = sets
     model = model.to(args.device, memory_format=torch.channels_last)  # faster, on CPU and GPU alike
     balancer = BALANCERS[args.balancer](model.names, args.kappa).to(args.device)
@@ -1159,7 +1174,7 @@ def main(args: argparse.Namespace) -> dict:
     trivial = evaluate(constant, tasks, held_out, args.device)
     judging = judging_tasks(tasks, trivial)
     parts = {"balancer": balancer, "optimizer": optimizer, "scheduler": scheduler}
-    run = Run(args, model, start, train_set, **parts)
+    run = Run(args, model, start, train_set, begun, **parts)
     args.out = run.out  # also where it was chosen here: `cli` says how to go on
 
     # --- Loop: from the images on disk to the optimiser's step, and a look after every epoch ---
@@ -1176,7 +1191,7 @@ def main(args: argparse.Namespace) -> dict:
         for batch in tqdm(loader, desc=f"epoch {epoch + 1}", leave=False):
             images = batch["image"].to(args.device, memory_format=torch.channels_last)
             targets = {t: batch[t].to(args.device) for t in model.names}
-            skipped += batch["skipped"].sum().item()
+            skipped += sum(batch.get("skipped", []))
             with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
                 outputs = model(images)
             losses = mtcp.task_losses(tasks, outputs, targets)  # {task: L_t}
@@ -1230,7 +1245,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> dict:
     """--eval: a checkpoint's network on the test split; writes only if --out is given."""
     model = load_model(args.eval).to(args.device)
     tasks = tuple(t for t in model.tasks if t.name in args.tasks)
-    sets = make_datasets(args)
+    sets = make_datasets(args.dataset, args.root, args.tasks, args.size, args.seed)
     _, plain_set, _, test_set = sets
     single = single_task_results(args.single, args.dataset, tasks) if args.single else None
     out = new_folder(args.out, f"runs/{args.dataset}") if args.out is not None else None
@@ -1251,10 +1266,12 @@ def evaluate_checkpoint(args: argparse.Namespace) -> dict:
 def find_photographs(paths: list[Path]) -> list[Path]:
     """Files as they are, and the image files in folders. DataError if there is none."""
     found = []
+    endings = (".jpg", ".jpeg", ".png", ".webp")
     for path in paths:
-        inside = sorted(path.iterdir()) if path.is_dir() else []
-        endings = (".jpg", ".jpeg", ".png", ".webp")
-        found += [p for p in inside if p.suffix.lower() in endings] if path.is_dir() else [path]
+        if path.is_dir():
+            found += [p for p in sorted(path.iterdir()) if p.suffix.lower() in endings]
+        else:
+            found.append(path)
     if not found:
         raise DataError(f"no photograph in {' '.join(map(str, paths))}")
     return found
@@ -1265,7 +1282,7 @@ def predict(args: argparse.Namespace) -> int:
     """--predict: writes what the network sees in each photograph; 1 if any could not be read.
 
     Of PHOTO.jpg: PHOTO_panel.png, all side by side; class maps as indexed PNG; depth as 16-bit PNG
-    in millimetres; normals and saliency as pictures; with --npz also PHOTO.npz.
+    in millimetres, and a coloured preview; normals and saliency as pictures; with --npz PHOTO.npz.
     """
     photographs = find_photographs(args.predict)
     content = load_checkpoint(args.checkpoint)
@@ -1342,12 +1359,13 @@ def save_labels(out: Path, name: str, tasks, pixels: np.ndarray, labels: dict, c
         titles.append(t.name)
         row.append(data.LABELS[t.name].picture(label))
         picture = Image.fromarray(row[-1])
-        if t.name in classes:
+        if t.output == "logits" and t.channels > 1:
+            known = classes.get(t.name, range(t.channels))
             picture = Image.fromarray(label.astype(np.uint8))
             picture.putpalette(data.palette().tobytes())
             counts = np.bincount(label.ravel())
             present = np.argsort(-counts)[: np.count_nonzero(counts)]
-            shares = {k: f"{classes[t.name][k]} {counts[k] / label.size:.1%}" for k in present}
+            shares = {k: f"{known[k]} {counts[k] / label.size:.1%}" for k in present}
             names[t.name] = shares
         elif t.output == "positive":
             data.save_image(out / f"{name}_{t.name}_preview.png", row[-1])
@@ -1358,7 +1376,9 @@ def save_labels(out: Path, name: str, tasks, pixels: np.ndarray, labels: dict, c
         data.save(out / f"{name}_{t.name}.png", lambda f, p=picture: p.save(f, "PNG"))
     panel = data.contact_sheet(titles, [row], height=360)
     strips = [data.legend(title, shares, panel.width) for title, shares in names.items()]
-    sheet = Image.new("RGB", (panel.width, panel.height + sum(s.height for s in strips)), "white")
+    width = max(part.width for part in (panel, *strips))
+    height = sum(part.height for part in (panel, *strips))
+    sheet = Image.new("RGB", (width, height), "white")
     top = 0
     for part in (panel, *strips):
         sheet.paste(part, (0, top))
@@ -1387,12 +1407,14 @@ def cli(argv: list[str] | None = None) -> int:
         if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
             raise
         reason = str(error).splitlines()[0]
+        if Terminated.asked:  # the signal went to the processes that load data, too
+            return 143
         print(f"a process that loads data has died ({reason}): try --workers 0", file=sys.stderr)
     except KeyboardInterrupt as stop:
-        if args is not None and args.out is not None:
-            print(
-                f"\nstopped; go on by: python train.py --resume --out {args.out}", file=sys.stderr
-            )
+        begun = args is not None and args.out is not None and (args.out / "config.json").is_file()
+        trains = begun and not args.eval and not args.predict
+        how = f"python train.py --resume --out {shlex.quote(str(args.out))}" if trains else "again"
+        print(f"\nstopped; go on by: {how}", file=sys.stderr)
         return 143 if isinstance(stop, Terminated) else 130
     else:
         return 0
