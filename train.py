@@ -1191,7 +1191,7 @@ def main(args: argparse.Namespace) -> dict:
         for batch in tqdm(loader, desc=f"epoch {epoch + 1}", leave=False):
             images = batch["image"].to(args.device, memory_format=torch.channels_last)
             targets = {t: batch[t].to(args.device) for t in model.names}
-            skipped += sum(batch.get("skipped", []))
+            skipped += int(sum(batch.get("skipped", [])))
             with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
                 outputs = model(images)
             losses = mtcp.task_losses(tasks, outputs, targets)  # {task: L_t}
