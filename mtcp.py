@@ -844,9 +844,7 @@ class MTCP(nn.Module):
         padded = F.pad(x, (0, -W % 32, 0, -H % 32))
         P, M = self.shared(padded)  # (B,C,h,w), (B,N,h,w)
         R = shared_representation(P, M)  # (B,C,h,w)
-        F_all = {
-            t: self.part(self.decoder[t], R) for t in self.names
-        }  # F_t = [f1, f2, f3] for each task
+        F_all = {t: self.part(self.decoder[t], R) for t in self.names}  # F_t = [f1, f2, f3] each
         X = {t: self.pyramid[t](F_all[t]) for t in self.names}  # X_t (B,C,h,w)
         X_hat = self.fuse(X)  # X̂_t (B,C,h,w)
 
@@ -869,8 +867,9 @@ class MTCP(nn.Module):
     def part(self, module: nn.Module, x):
         """module(x); with checkpointing, what its layers computed is not kept for the gradient.
 
-        It is computed again where the gradient needs it. Only for parts without BatchNorm, which
-        would count the batch twice in its running statistics: not for CFM, trace-back and heads.
+        It is computed again where the gradient needs it. Backbone, pixel decoder and task decoders
+        keep two thirds of it all. Only for parts without BatchNorm, which would count the batch
+        twice in its running statistics: so not for CFM, trace-back and heads.
         """
         twice = any(isinstance(m, nn.BatchNorm2d) for m in module.modules())
         if self.cfg.checkpointing and self.training and not twice:

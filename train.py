@@ -97,7 +97,7 @@ LAPTOP = {
 }  # fmt: skip
 SMALL_RECIPES = {
     "nyud": replace(RECIPES["nyud"], **LAPTOP, size=(192, 256)),
-    "pascal": replace(RECIPES["pascal"], **LAPTOP, size=(224, 224)),
+    "pascal": replace(RECIPES["pascal"], **LAPTOP, size=(224, 224)),  # not tried: no real files
 }
 WEIGHT_DECAY = 1e-4
 CLIP_NORM = 5.0  # gradients longer than this are shortened to it
@@ -106,6 +106,7 @@ HOLDOUT = 0.05  # share of the training split that chooses the best epoch
 
 
 def find_recipe(dataset: str, preset: str | None) -> Recipe:
+    """The dataset's recipe; with the preset "small", whose backbone has weights, another one."""
     recipe = RECIPES[dataset]
     if preset == "small":
         return SMALL_RECIPES.get(dataset, replace(recipe, backbone_lr=LAPTOP["backbone_lr"]))
@@ -1413,8 +1414,10 @@ def cli(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         begun = args is not None and args.out is not None and (args.out / "config.json").is_file()
         trains = begun and not args.eval and not args.predict
-        how = f"python train.py --resume --out {shlex.quote(str(args.out))}" if trains else "again"
-        print(f"\nstopped; go on by: {how}", file=sys.stderr)
+        how = "say it again"
+        if trains:
+            how = f"go on by: python train.py --resume --out {shlex.quote(str(args.out))}"
+        print(f"\nstopped; {how}", file=sys.stderr)
         return 143 if isinstance(stop, Terminated) else 130
     else:
         return 0
