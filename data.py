@@ -36,12 +36,12 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from itertools import permutations, product
+from itertools import islice, permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from tqdm import tqdm
 
 from mtcp import IGNORE_INDEX
@@ -820,20 +820,47 @@ def augment(sample: dict, rng, scales: tuple, degrees: float, jitter: float, siz
 
 
 def make_loader(
-    dataset: Dataset, batch_size: int, shuffle: bool, seed: int, workers: int
-) -> DataLoader:
-    """Batches of samples; the order of a shuffled epoch depends on `seed` alone."""
+    dataset: Dataset, batch_size: int, shuffle: bool, seed: int, workers: int,
+    rank: int = 0, processes: int = 1, accumulate: int = 1,
+) -> DataLoader:  # fmt: skip
+    """Batches of samples; the order of a shuffled epoch depends on `seed` alone.
+
+    Each of several processes gets every `processes`-th batch, from number `rank` on. A shuffled
+    epoch has whole steps only, of processes · accumulate batches of one size. The few images that
+    are left over are others in each epoch. DataError if there is not a single step.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = RandomSampler(dataset, generator=generator) if shuffle else range(len(dataset))
+    batches = BatchSampler(order, batch_size, drop_last=shuffle and len(dataset) >= batch_size)
+    step = processes * accumulate if shuffle else 1
+    if len(batches) < step:
+        raise DataError(
+            f"{len(dataset)} images are too few for a step of {step} x {batch_size}: take a "
+            "smaller --batch-size, or fewer processes"
+        )
+    whole_steps = range(len(batches) - len(batches) % step)
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        shuffle=shuffle,
+        batch_sampler=Share(batches, whole_steps[rank::processes]),
         num_workers=workers,
-        generator=torch.Generator().manual_seed(seed),
-        # all steps of an epoch are of one size
-        drop_last=shuffle and len(dataset) >= batch_size,
+        generator=generator,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=die_quietly,
     )
+
+
+class Share:
+    """Of all batches those with the given numbers, a range."""
+
+    def __init__(self, batches: BatchSampler, numbers: range):
+        self.batches = batches
+        self.numbers = numbers
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return islice(self.batches, self.numbers.start, self.numbers.stop, self.numbers.step)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
 
 
 def die_quietly(worker: int) -> None:

@@ -871,7 +871,8 @@ class MTCP(nn.Module):
         keep two thirds of it all. Only for parts without BatchNorm, which would count the batch
         twice in its running statistics: so not for CFM, trace-back and heads.
         """
-        twice = any(isinstance(m, nn.BatchNorm2d) for m in module.modules())
+        norms = (nn.BatchNorm2d, nn.SyncBatchNorm)
+        twice = any(isinstance(m, norms) for m in module.modules())
         if self.cfg.checkpointing and self.training and not twice:
             return checkpoint(module, x, use_reentrant=False)
         return module(x)

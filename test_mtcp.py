@@ -1998,8 +1998,9 @@ def train_elsewhere(root: Path, out: Path, *flags) -> subprocess.Popen:
     return subprocess.Popen([*command, *flags], env=quiet, **pipes)
 
 
-@pytest.mark.parametrize("flags", ["--balancer lps --amp", "--balancer dwa"])
-def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(rooms, tmp_path, flags):
+@pytest.mark.parametrize("balancer", ["lps --amp", "dwa", "uncertainty"])
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(rooms, tmp_path, balancer):
+    flags = f"--balancer {balancer}"
     whole = train_elsewhere(rooms, tmp_path / "whole", *flags.split())
     began = time.time()
     assert whole.wait() == 0
@@ -2051,6 +2052,122 @@ def test_cut_before_any_write_takes_effect_a_run_goes_on_to_the_same_end(
         assert (out / "log.jsonl").read_text() == log
         weights = train.load_checkpoint(out / "last.pt")["model"]
         assert all(torch.equal(end[name], weights[name]) for name in end)
+
+
+# --- Several processes, and steps in parts ---
+
+
+def torchrun(*flags) -> subprocess.CompletedProcess:
+    """train.py in two processes of one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    command += ["--nproc_per_node", "2", str(HERE / "train.py"), *map(str, flags)]
+    return subprocess.run(command, env=quiet, capture_output=True, text=True, timeout=120)
+
+
+def test_two_processes_train_and_measure_as_one_that_takes_its_steps_in_two_parts(rooms, tmp_path):
+    flags = ("--epochs", "1", "--balancer", "uncertainty")
+    done = torchrun("--root", rooms, *CPU, "--out", tmp_path / "two", *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test split") == 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # rounds as they do
+    try:
+        run(rooms, tmp_path / "one", *flags, "--accumulate", "2")
+        again = train.parse_args(["--eval", str(tmp_path / "two/best.pt"), "--workers", "0"])
+        alone = train.evaluate_checkpoint(again)
+    finally:
+        torch.set_num_threads(threads)
+    one, two = (train.load_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
+    start = MTCP(NYUD_TASKS, TOY).state_dict()
+    for name, x in one["model"].items():
+        if "running" not in name and "num_batches" not in name:
+            close(x, two["model"][name])
+    moved = [(x - start[name]).abs().max() for name, x in one["model"].items()]
+    assert max(moved) > 1e-4
+    for name, x in one["balancer"].items():
+        close(x.nan_to_num(), two["balancer"][name].nan_to_num())
+    assert one["balancer"]["log_variance"].abs().min() > 0
+    for t, loss in one["log"][0]["loss"].items():
+        close(loss, two["log"][0]["loss"][t])
+    report = json.loads((tmp_path / "two/metrics.json").read_text())
+    for split in ("test", "trivial"):
+        for t, figures in report[split].items():
+            for name, value in figures.items():
+                close(value, alone[split][t][name], 1e-6 * max(1, abs(value)))
+
+
+def test_a_step_in_parts_takes_the_mean_of_their_gradients(rooms, tmp_path, monkeypatch):
+    taken = []
+
+    def keep(parameters, limit):
+        taken.append([p.grad.clone() for p in parameters])
+        return torch.nn.utils.get_total_norm(taken[-1])
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", keep)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    flags = ("--epochs", "1", "--tasks", "depth", "--no-trace-back")
+    run(rooms, tmp_path / "run", *flags, "--accumulate", "2")
+
+    torch.manual_seed(0)
+    tasks = tuple(t for t in NYUD_TASKS if t.name == "depth")
+    model = MTCP(tasks, replace(TOY, trace_back=False)).train()
+    dataset = train.make_datasets("rooms", rooms, ["depth"], None, 0)[0]
+    parts = iter(data.make_loader(dataset, 2, shuffle=True, seed=0, workers=0))
+    for grads in taken:
+        model.zero_grad()
+        for batch in (next(parts), next(parts)):
+            loss = mtcp.task_losses(tasks, model(batch["image"]), batch)["depth"]
+            (torch.log1p(loss) / 2).backward()
+        for p, grad in zip(model.parameters(), grads, strict=True):
+            close(p.grad, grad)
+    assert len(taken) == len(dataset) // 4
+
+
+@pytest.mark.parametrize("n,processes,accumulate", [(23, 2, 1), (23, 1, 3), (24, 3, 2), (5, 4, 1)])
+def test_processes_share_an_epoch(n, processes, accumulate):
+    def load(rank, batch_size, shuffle, processes=processes):
+        share = {"rank": rank, "processes": processes, "accumulate": accumulate}
+        return data.make_loader(range(n), batch_size, shuffle, 7, 0, **share)
+
+    each = [[b.tolist() for b in load(rank, 2, shuffle=False)] for rank in range(processes)]
+    assert sorted(i for batches in each for batch in batches for i in batch) == list(range(n))
+    step = processes * accumulate
+    if n < 2 * step:
+        refused("too few", load, 0, 2, True)
+        return
+    parts = [list(load(rank, 2, shuffle=True)) for rank in range(processes)]
+    assert [len(p) for p in parts] == [len(load(0, 2, shuffle=True))] * processes
+    # Step by step they see what one process would see at once.
+    whole = data.make_loader(range(n), 2 * step, True, 7, 0)
+    for k, batch in enumerate(whole):
+        seen = [x for a in range(accumulate) for p in parts for x in p[k * accumulate + a].tolist()]
+        assert seen == batch.tolist()
+    assert len(parts[0]) == n // (2 * step) * accumulate
+
+
+def test_a_process_that_fails_says_why_and_ends_all(rooms, tmp_path):
+    root = tmp_path / "rooms"
+    shutil.copytree(rooms, root)
+    second = data.NYUD.list_stems(root, "val")[2]  # the second process's first
+    (root / f"segmentation/{second}.png").write_bytes(b"no picture")
+    flags = ("--root", root, *CPU, "--tasks", "semseg", "--epochs", "1", "--out", tmp_path / "run")
+    done = torchrun(*flags)
+    # torchrun adds a traceback of its own, which is not ours.
+    assert done.returncode != 0 and 'train.py", line' not in done.stderr
+    assert f"process 1: {root}/segmentation/{second}.png" in done.stderr
+    assert "process 0: " not in done.stderr
+
+
+def test_flags_of_several_processes(rooms, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    flags = f"--root {rooms} --batch-size 4 --device cpu"
+    assert "--batch-size takes a multiple of 3" in complaint_of(flags, capsys)
+    assert "one process" in complaint_of("--predict a --checkpoint b --device cpu", capsys)
+    flags = f"--root {rooms} --batch-size 3 --device meta"
+    assert "run on --device cpu or cuda, not on meta" in complaint_of(flags, capsys)
+    monkeypatch.setenv("RANK", "1")  # the first one has said it
+    assert complaint_of(flags, capsys) == ""
 
 
 def test_a_run_that_is_told_to_stop_says_how_to_go_on(rooms, tmp_path):

@@ -5,6 +5,7 @@
     python train.py --dataset nyud --start mask2former.safetensors --amp      NYUD-v2, on a GPU
     python train.py --no-cfm --no-trace-back --balancer equal      without what the paper adds
     python train.py --out runs/mine --resume    go on where a run was cut off
+    torchrun --nproc_per_node 4 train.py ...    on four GPUs
     python train.py --eval runs/mine/best.pt    evaluate a checkpoint on the test split
     python train.py --checkpoint runs/mine/best.pt --predict PHOTOGRAPH      see it on your own
 
@@ -27,8 +28,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,12 +37,14 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import HfHubHTTPError
 from PIL import Image
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -139,7 +142,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--balancer", choices=list(BALANCERS), help="of the losses (lps); log: LPS without weights")
     add("--kappa", type=float, help="spread of the LPS weights (recipe)")
     add("--epochs", type=int, help="(recipe)")
-    add("--batch-size", type=int, metavar="B", help="(recipe)")
+    add("--batch-size", type=int, metavar="B", help="images a step (recipe)")
+    add("--accumulate", type=int, metavar="A", help="take a step in A parts: less memory (1)")
     add("--lr", type=float, help="of AdamW, at its highest (recipe)")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="resize images to this (recipe)")
     add("--seed", type=int, help="of every random draw (0)")
@@ -172,6 +176,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     names = [t.name for t in RECIPES[args.dataset].tasks]
     fill_in(args, {**vars(find_recipe(args.dataset, args.preset)), "tasks": names})
     fill_in(args, {"root": Path("data") / args.dataset, "balancer": "lps", "seed": 0, "workers": 2})
+    fill_in(args, {"accumulate": 1})
     fill_in(args, {"device": best_device()})
     args.root = Path(args.root).absolute()  # so that it is found again from another folder
     refuse_bad_flags(args, names, p)
@@ -197,6 +202,8 @@ def prediction_flags(args: argparse.Namespace, parser: argparse.ArgumentParser):
             parser.error(f"{args.checkpoint} predicts as it was trained: drop {flag}")
     args.device = args.device or best_device()
     require_device(args.device, parser)
+    if processes() > 1:
+        parser.error("--predict runs in one process, without torchrun")
     return args
 
 
@@ -274,14 +281,20 @@ def refuse_bad_flags(args: argparse.Namespace, names: list[str], parser) -> None
         parser.error(
             f"--tasks takes different ones of {' '.join(names)}, not {' '.join(args.tasks)}"
         )
-    for key in ("epochs", "batch_size", "lr", "cfm_stride"):
+    for key in ("epochs", "batch_size", "lr", "cfm_stride", "accumulate"):
         if vars(args)[key] is not None and not 0 < vars(args)[key] < math.inf:
             parser.error(f"--{key.replace('_', '-')} takes a number above 0")
     if not 0 <= args.kappa < math.inf:
         parser.error("--kappa takes a number of 0 or more")
     if min(args.size or [1]) < 1 or args.workers < 0 or not 0 <= args.seed < 2**32:
         parser.error("--size takes two numbers above 0; --workers and --seed take 0 or more")
+    parts = processes() * args.accumulate
+    if args.batch_size % parts and not args.eval:
+        parser.error(f"--batch-size takes a multiple of {parts}, the parts of a step: it has "
+            f"{processes()} processes, each --accumulate {args.accumulate}")  # fmt: skip
     require_device(args.device, parser)
+    if processes() > 1 and args.device not in ("cpu", "cuda"):
+        parser.error(f"several processes run on --device cpu or cuda, not on {args.device}")
     if args.backbone is not None and not timm.is_model(args.backbone):
         parser.error(f"--backbone {args.backbone} is no model of timm; see timm.list_models()")
     if args.start is None and args.preset in ("paper", "vit", "small") and not args.eval:
@@ -314,6 +327,73 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+# ==================================================================================================
+# Several processes: torchrun starts the same command N times, and each does its part of every step
+#
+# They differ in the images they see, and in that process 0 alone writes files and prints. Gradients
+# are averaged by DistributedDataParallel. What is measured is summed up before it is divided: a
+# mean of the processes' means would be wrong wherever one has more valid pixels than another.
+# ==================================================================================================
+
+
+def processes() -> int:
+    """How many torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """The number of this process, from 0 on."""
+    return int(os.environ.get("RANK", 0))
+
+
+def join_processes(device: str) -> None:
+    """Waits until all are there, and gives each a GPU, or raises DataError if there are too few."""
+    if processes() == 1:
+        return
+    if device == "cuda":
+        number = int(os.environ["LOCAL_RANK"])
+        if number >= torch.cuda.device_count():
+            raise DataError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(number)  # from now on "cuda" is this one
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+
+
+def sum_over_processes(*tensors: Tensor) -> None:
+    """In place: each becomes its sum over all processes."""
+    if processes() > 1:
+        for x in tensors:
+            dist.all_reduce(x)
+
+
+def average_over_processes(tensors: Iterable[Tensor]) -> None:
+    for x in tensors:
+        sum_over_processes(x)
+        x /= processes()  # in place, too
+
+
+def wait_for_all() -> None:
+    sum_over_processes(torch.zeros(1))
+
+
+def as_in_process_0(content):
+    """The same Python object in all processes: that of process 0."""
+    box = [content]
+    if processes() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def leave_processes() -> None:
+    if processes() > 1:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 # ==================================================================================================
@@ -372,7 +452,8 @@ def resize_image(sample: dict, rng: np.random.Generator, size: tuple[int, int]) 
 def make_loader(dataset, batch_size: int, workers: int) -> DataLoader:
     """For evaluation, in order. Labels of different sizes cannot share a batch."""
     batch_size = batch_size if dataset.one_size else 1
-    return data.make_loader(dataset, batch_size, shuffle=False, seed=0, workers=workers)
+    share = {"rank": rank(), "processes": processes()}
+    return data.make_loader(dataset, batch_size, shuffle=False, seed=0, workers=workers, **share)
 
 
 def make_config(args: argparse.Namespace) -> mtcp.MTCPConfig:
@@ -453,7 +534,8 @@ def lr_factor(step: int, total: int, warmup: int) -> float:
 
 
 # ==================================================================================================
-# Metrics: each takes batches at the labels' resolution, and keeps sums over the whole split
+# Metrics: each takes batches at the labels' resolution, and keeps sums over the whole split. All
+# its tensors are such sums, so that several processes can add theirs up (see `evaluate`).
 # ==================================================================================================
 
 
@@ -532,13 +614,13 @@ class NormalsMetric:
     """
 
     def __init__(self, task: Task):
-        self.total = 0.0
+        self.total = torch.zeros((), dtype=torch.float64)
         self.bins = torch.zeros(18001, dtype=torch.int64)
 
     def update(self, normals: Tensor, target: Tensor) -> None:
         """unit normals, target (B,3,H,W)"""
         angle = angle_between(normals.float(), target)[target.square().sum(dim=1) > 0.25]
-        self.total += float64(angle).sum().item()
+        self.total += float64(angle).sum()
         self.bins += torch.bincount((angle * 100).long().cpu(), minlength=18001)
 
     def compute(self) -> dict[str, float]:
@@ -549,7 +631,7 @@ class NormalsMetric:
             return dict.fromkeys(names, math.nan)
         median = torch.searchsorted(below, (n + 1) // 2).item() / 100
         shares = {f"below_{a}": 100 * below[int(a * 100) - 1].item() / n for a in (11.25, 22.5, 30)}
-        return {"mean": self.total / n, "median": median, **shares}
+        return {"mean": self.total.item() / n, "median": median, **shares}
 
 
 class SaliencyMetric:
@@ -568,9 +650,9 @@ class SaliencyMetric:
     pooled = torch.arange(1, 20) / 20
 
     def __init__(self, task: Task):
-        self.images = 0
-        self.precision = torch.zeros(15)
-        self.recall = torch.zeros(15)
+        self.images = torch.tensor(0)
+        self.precision = torch.zeros(15, dtype=torch.float64)
+        self.recall = torch.zeros(15, dtype=torch.float64)
         self.counts = torch.zeros(3, 19, dtype=torch.float64)  # hits, predicted, true
 
     def update(self, logits: Tensor, target: Tensor) -> None:
@@ -630,20 +712,20 @@ class GeometricCoherence:
 
     def __init__(self, intrinsics: tuple[float, float, float, float]):
         self.intrinsics = intrinsics
-        self.total = {"normal_angle": 0.0, "normal_angle_truth": 0.0}
-        self.pixels = 0
+        self.total = torch.zeros(2, dtype=torch.float64)  # of the prediction, of the truth
+        self.pixels = torch.tensor(0)
 
     def update(self, y: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
         smooth = smooth_surface(truth["depth"], truth["normals"])
-        self.pixels += smooth.sum().item()
-        for name, maps in (("normal_angle", y), ("normal_angle_truth", truth)):
+        self.pixels += smooth.sum().cpu()
+        for i, maps in enumerate((y, truth)):
             n = normals_from_depth(maps["depth"], self.intrinsics)
             angle = angle_between(n, maps["normals"])[smooth]
-            self.total[name] += float64(angle).sum().item()
+            self.total[i] += float64(angle).sum()
 
     def compute(self) -> dict[str, float]:
-        n = self.pixels
-        return {name: total / n if n else math.nan for name, total in self.total.items()}
+        ours, truth = (self.total / self.pixels).tolist()  # 0/0 is NaN
+        return {"normal_angle": ours, "normal_angle_truth": truth}
 
 
 class SemanticCoherence:
@@ -657,10 +739,11 @@ class SemanticCoherence:
     """
 
     needs = {"semseg", "human_parts", "sal"}
+    names = ["parts_on_person", "salient_on_object"]
+    names += [f"{name}_truth" for name in names]
 
     def __init__(self):
-        names = ("parts_on_person", "salient_on_object")
-        self.counts = {f"{k}{who}": [0, 0] for k in names for who in ("", "_truth")}
+        self.counts = torch.zeros(len(self.names), 2, dtype=torch.int64)  # hits, of how many pixels
 
     def update(self, y: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
         predicted = {
@@ -668,20 +751,19 @@ class SemanticCoherence:
             "human_parts": y["human_parts"].argmax(dim=1),
             "sal": y["sal"] > 0,
         }
-        for who, maps in (("", predicted), ("_truth", {**truth, "sal": truth["sal"] == 1})):
+        counts = []
+        for maps in (predicted, {**truth, "sal": truth["sal"] == 1}):
             classes = maps["semseg"]
             known = classes != IGNORE_INDEX
             part = (maps["human_parts"] > 0) & (maps["human_parts"] != IGNORE_INDEX) & known
             salient = maps["sal"][:, 0] & known
-            self.add(f"parts_on_person{who}", part, classes == data.PERSON)
-            self.add(f"salient_on_object{who}", salient, classes > 0)
-
-    def add(self, key: str, pixels: Tensor, where: Tensor) -> None:
-        self.counts[key][0] += (pixels & where).sum().item()
-        self.counts[key][1] += pixels.sum().item()
+            for pixels, where in ((part, classes == data.PERSON), (salient, classes > 0)):
+                counts.append(torch.stack([(pixels & where).sum(), pixels.sum()]))
+        self.counts += torch.stack(counts).cpu()
 
     def compute(self) -> dict[str, float]:
-        return {key: 100 * hit / n if n else math.nan for key, (hit, n) in self.counts.items()}
+        hits, pixels = self.counts.T
+        return dict(zip(self.names, (100 * hits.double() / pixels).tolist(), strict=True))
 
 
 def make_coherence(names: list[str], dataset) -> GeometricCoherence | SemanticCoherence | None:
@@ -720,12 +802,14 @@ def evaluate(model: nn.Module, tasks: tuple[Task, ...], loader, device: str, amp
                 metrics[t.name].update(y[t.name], truth[t.name])
             if coherence is not None:
                 coherence.update(y, truth)
+    for metric in (*metrics.values(), *([] if coherence is None else [coherence])):
+        sum_over_processes(*(x for x in vars(metric).values() if isinstance(x, Tensor)))
+    sum_over_processes(*seen.values())
     results = {name: metric.compute() for name, metric in metrics.items()}
-    for name, distances in seen.items():
-        if name not in results:  # a task of the network that is not asked for
-            continue
-        before, after = np.mean(distances, axis=0).tolist()
-        results[name] |= {"cosine_before": before, "cosine_after": after}
+    for name, (before, after, images) in seen.items():
+        if name in results:  # not a task of the network that is not asked for
+            before, after = (before / images).item(), (after / images).item()
+            results[name] |= {"cosine_before": before, "cosine_after": after}
     return results if coherence is None else {**results, "coherence": coherence.compute()}
 
 
@@ -738,14 +822,15 @@ def at_label_size(task: Task, y: Tensor, target: Tensor) -> Tensor:
 
 
 @contextmanager
-def record_cosine_distances(model: nn.Module) -> Iterator[dict[str, list]]:
-    """Inside the `with` block every task's CFM adds [distance of X_t, of X̂_t] to its list."""
+def record_cosine_distances(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Inside the `with` block {task: (3,)} grows: sums of the distance of X_t and X̂_t, images."""
     cfm = getattr(model, "cfm", None) or {}
-    seen = {t: [] for t in cfm}
+    seen = {t: torch.zeros(3, dtype=torch.float64) for t in cfm}
 
     def record(t: str, module: nn.Module, inputs: tuple, X_hat: Tensor) -> None:
         X_t, auxiliaries = inputs
-        seen[t].append([mtcp.cosine_distance(x, auxiliaries).item() for x in (X_t, X_hat)])
+        before, after = (mtcp.cosine_distance(x, auxiliaries).item() for x in (X_t, X_hat))
+        seen[t] += len(X_t) * torch.tensor([before, after, 1.0], dtype=torch.float64)
 
     hooks = [m.register_forward_hook(partial(record, t)) for t, m in cfm.items()]
     try:
@@ -765,12 +850,13 @@ class ConstantPredictor(nn.Module):
     def __init__(self, tasks: tuple[Task, ...], loader):
         super().__init__()
         totals = {t.name: torch.zeros(t.channels, dtype=torch.float64) for t in tasks}
-        counts = dict.fromkeys(totals, 0)
+        counts = {t: torch.tensor(0) for t in totals}
         for batch in tqdm(loader, desc="trivial predictor", leave=False):
             for t in tasks:
                 total, count = self.sum_up(t, batch[t.name])
                 totals[t.name] += total
                 counts[t.name] += count
+        sum_over_processes(*totals.values(), *counts.values())
         empty = [t for t, n in counts.items() if n == 0]
         if empty:
             raise DataError(f"no valid pixel of {empty[0]} in the training split: drop the task")
@@ -938,7 +1024,7 @@ def load_checkpoint(path: Path) -> dict:
 def last_checkpoint(out: Path) -> dict | None:
     """What a run goes on from; None before the end of its first epoch.
 
-    A last.pt that cannot be read, or is missing, is replaced by the one before it.
+    A last.pt that cannot be read, or is missing, gives way to the one before it.
     """
     last = out / "last.pt"
     previous = out / "previous.pt"
@@ -951,8 +1037,7 @@ def last_checkpoint(out: Path) -> dict | None:
             raise
         content = load_checkpoint(previous)
         print(f"{error}; going on from {previous}", file=sys.stderr)
-        os.replace(previous, last)
-        return content
+        return {**content, "read_from": previous}
 
 
 def lock(folder: Path):
@@ -1048,7 +1133,7 @@ def terminate(*_) -> None:
 
 
 class Run:
-    """The folder of a run, new or continued with --resume; written to after every epoch."""
+    """The folder of a run, new or continued with --resume; process 0 writes to it each epoch."""
 
     def __init__(self, args, model: MTCP, start: str, train_set, saved: dict | None, **parts):
         self.parts = {"model": model, **parts}  # all that has a state
@@ -1060,32 +1145,45 @@ class Run:
             "classes": {t: train_set.classes[t] for t in model.names if t in train_set.classes},
             "size": tuple(train_set[0]["image"].shape[1:]),
         }
-        begun = args.resume and holds_something(args.out)
-        self.out = args.out if begun else new_folder(args.out, f"runs/{args.dataset}")
-        self.lock = lock(self.out)
-        for left in self.out.glob(".*.pt.*"):  # of a process that was killed while it saved
-            left.unlink()
-        config = {**self.about["args"], "started_from": start}
         self.next_epoch = 0
         self.best = -math.inf
         self.log = []
         if saved is not None:
             absent = {*self.parts, "epoch", "best", "log"} - saved.keys()
             if absent:
-                raise DataError(f"{self.out}/last.pt has no {sorted(absent)}: is it a best.pt?")
+                raise DataError(f"{args.out}/last.pt has no {sorted(absent)}: is it a best.pt?")
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             self.next_epoch = saved["epoch"] + 1
             self.best = saved["best"]
             self.log = saved["log"]
+        wait_for_all()  # until nobody reads the folder any more
+        if rank() == 0:
+            self.open_folder(args, saved, start)
+        self.out = as_in_process_0(args.out)
+        if as_in_process_0(self.next_epoch) != self.next_epoch:
+            raise DataError(f"process {rank()} finds other files in {self.out} than process 0: "
+                "all machines need one disk")  # fmt: skip
+        print(f"{self.out}: {parameters(model) / 1e6:.1f} M parameters, from {start}")
+        print(table_row("epoch", *(c for t in model.tasks for c in (t.name, "weight", t.metric))))
+
+    def open_folder(self, args: argparse.Namespace, saved: dict | None, start: str) -> None:
+        """A new folder, or that of the run to go on with, put in order."""
+        begun = args.resume and holds_something(args.out)
+        self.out = args.out = args.out if begun else new_folder(args.out, f"runs/{args.dataset}")
+        self.lock = lock(self.out)
+        for left in self.out.glob(".*.pt.*"):  # of a process that was killed while it saved
+            left.unlink()
+        config = {**self.about["args"], "started_from": start}
+        if saved is not None:
+            if "read_from" in saved:
+                os.replace(saved["read_from"], self.out / "last.pt")
             self.write_log()  # its last line may be missing
             config = read_json(self.out / "config.json")
             if config["epochs"] != args.epochs:
                 print(f"schedule stretched from {config['epochs']} to {args.epochs} epochs")
         here = {"epochs": args.epochs, "root": str(args.root)}
         save_json(self.out / "config.json", {**config, **here})
-        print(f"{self.out}: {parameters(model) / 1e6:.1f} M parameters, from {start}")
-        print(table_row("epoch", *(c for t in model.tasks for c in (t.name, "weight", t.metric))))
 
     def end_epoch(
         self, epoch: int, losses: dict, weights: list, results: dict, reached: float, skipped: int
@@ -1095,6 +1193,8 @@ class Run:
         Whenever the process dies, last.pt or previous.pt is whole, and the epoch after it is run
         again, with the same draws.
         """
+        if rank() > 0:
+            return
         model = self.parts["model"]
         weights = dict(zip(model.names, weights, strict=True))
         entry = {"epoch": epoch, "loss": losses, "weight": weights, "heldout": results}
@@ -1127,7 +1227,7 @@ def parameters(model: nn.Module) -> int:
 
 def finish(out: Path | None, report: dict, model: MTCP, tasks: tuple[Task, ...], test_set) -> dict:
     """Writes metrics.json and predictions.png into `out`, if there is one, then prints figures."""
-    if out is not None:
+    if out is not None and rank() == 0:
         save_json(out / "metrics.json", report)
         save_predictions(model, tasks, test_set, out / "predictions.png")
     print(results_table(tasks, report))
@@ -1160,71 +1260,85 @@ def main(args: argparse.Namespace) -> dict:
     else:
         model, start = make_started_model(tasks, make_config(args), args.start)
     if args.dataset in data.WRITERS and begun is None:
-        data.ensure_set(args.dataset, args.root)
+        if rank() == 0:
+            data.ensure_set(args.dataset, args.root)
+        wait_for_all()
     where = (args.dataset, args.root, args.tasks, args.size, args.seed)
     sets = make_datasets(*where, args.preset, args.skip_bad_samples)
     train_set, plain_set, held_out_set, test_set = sets
+    if processes() > 1 and args.device == "cuda":  # statistics of the whole step, not of one part
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(args.device, memory_format=torch.channels_last)  # faster, on CPU and GPU alike
     balancer = BALANCERS[args.balancer](model.names, args.kappa).to(args.device)
     steps = args.epochs * max(1, len(train_set) // args.batch_size)
     if args.start == "scratch":
         recipe = replace(recipe, backbone_lr=1.0)
     optimizer, scheduler = make_optimizer(model, balancer, args.lr, steps, recipe)
-    constant = ConstantPredictor(tasks, make_loader(plain_set, args.batch_size, args.workers))
-    held_out = make_loader(held_out_set, args.batch_size, args.workers)
+    part = args.batch_size // (processes() * args.accumulate)  # images that are seen at a time
+    constant = ConstantPredictor(tasks, make_loader(plain_set, part, args.workers))
+    held_out = make_loader(held_out_set, part, args.workers)
     trivial = evaluate(constant, tasks, held_out, args.device)
     judging = judging_tasks(tasks, trivial)
     parts = {"balancer": balancer, "optimizer": optimizer, "scheduler": scheduler}
     run = Run(args, model, start, train_set, begun, **parts)
     args.out = run.out  # also where it was chosen here: `cli` says how to go on
+    network = DistributedDataParallel(model) if processes() > 1 else model
 
     # --- Loop: from the images on disk to the optimiser's step, and a look after every epoch ---
     for epoch in range(run.next_epoch, args.epochs):
         # Each epoch has its own seed: a resumed run draws what the uninterrupted one would have.
-        torch.manual_seed(args.seed + 1000 * (epoch + 1))
+        torch.manual_seed(args.seed + 1000 * (epoch + 1) + 1_000_000 * rank())
         train_set.epoch = epoch
         loader = data.make_loader(
-            train_set, args.batch_size, shuffle=True, seed=args.seed + epoch, workers=args.workers
-        )
-        seen = {t: [] for t in model.names}
-        skipped = 0
+            train_set, part, shuffle=True, seed=args.seed + epoch, workers=args.workers,
+            rank=rank(), processes=processes(), accumulate=args.accumulate,
+        )  # fmt: skip
+        seen = mtcp.EpochMean(len(tasks)).double()
+        skipped = torch.tensor(0)
         model.train()
-        for batch in tqdm(loader, desc=f"epoch {epoch + 1}", leave=False):
+        for i, batch in enumerate(tqdm(loader, desc=f"epoch {epoch + 1}", leave=False)):
+            last = (i + 1) % args.accumulate == 0  # part of this step
+            if processes() > 1:
+                network.require_backward_grad_sync = last  # to exchange gradients once a step
             images = batch["image"].to(args.device, memory_format=torch.channels_last)
             targets = {t: batch[t].to(args.device) for t in model.names}
-            skipped += int(sum(batch.get("skipped", [])))
+            skipped += sum(batch.get("skipped", []))
             with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
-                outputs = model(images)
+                outputs = network(images)
             losses = mtcp.task_losses(tasks, outputs, targets)  # {task: L_t}
+            seen.add(torch.stack([loss.detach().cpu() for loss in losses.values()]))
             total = balancer(losses)  # Σ_t w_t log(1 + L_t)
             require_finite(total, losses, batch["name"])
-            optimizer.zero_grad()
-            total.backward()
+            (total / args.accumulate).backward()
+            if not last:
+                continue
+            average_over_processes(p.grad for p in balancer.parameters())  # DDP does the network's
             # D13: before the step. The release clips after it on PASCAL, which does nothing.
             norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
             require_finite(norm, losses, batch["name"])
             optimizer.step()
+            optimizer.zero_grad()
             scheduler.step()
             if Terminated.asked:  # and Python has dropped the exception, as it does in a __del__
                 raise Terminated
-            for t, loss in losses.items():
-                if loss > 0:  # exactly 0: no pixel of this batch says anything
-                    seen[t].append(loss.item())
         # Before anything is saved: a last step may have led to where no loss is seen any more.
         largest = torch.stack([p.detach().abs().max() for p in model.parameters()])
         require_finite(largest, losses, batch["name"])
-        means = {t: float(np.mean(values)) if values else math.nan for t, values in seen.items()}
+        means = dict(zip(losses, seen.pop().tolist(), strict=True))
+        sum_over_processes(skipped)
+        average_over_processes(x for name, x in model.named_buffers() if "running" in name)
         weights = balancer.weights.tolist()  # of this epoch's last step, before they change
         balancer.end_epoch()
         # D14: held-out training images choose the epoch. The release uses the test split.
         results = evaluate(model, tasks, held_out, args.device, args.amp)
         reached = score(judging, results, trivial)
-        run.end_epoch(epoch, means, weights, results, reached, skipped)
+        run.end_epoch(epoch, means, weights, results, reached, skipped.item())
 
     # --- Test: once, with the weights of the epoch that the held-out images chose ---
+    wait_for_all()  # until process 0 has saved
     chosen = load_checkpoint(run.out / "best.pt")
     model.load_state_dict(chosen["model"])
-    loader = make_loader(test_set, args.batch_size, args.workers)
+    loader = make_loader(test_set, part, args.workers)
     report = test(model, constant, tasks, loader, args.amp)
     if single is not None:
         report["delta_m"] = score(tasks, report["test"], single)
@@ -1250,8 +1364,9 @@ def evaluate_checkpoint(args: argparse.Namespace) -> dict:
     _, plain_set, _, test_set = sets
     single = single_task_results(args.single, args.dataset, tasks) if args.single else None
     out = new_folder(args.out, f"runs/{args.dataset}") if args.out is not None else None
-    constant = ConstantPredictor(tasks, make_loader(plain_set, args.batch_size, args.workers))
-    loader = make_loader(test_set, args.batch_size, args.workers)
+    part = max(1, args.batch_size // (processes() * args.accumulate))
+    constant = ConstantPredictor(tasks, make_loader(plain_set, part, args.workers))
+    loader = make_loader(test_set, part, args.workers)
     report = test(model, constant, tasks, loader, args.amp)
     if single is not None:
         report["delta_m"] = score(tasks, report["test"], single)
@@ -1393,34 +1508,44 @@ def cli(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, terminate)
     args = None
     try:
-        args = parse_args(argv)
-        if args.predict is not None:
-            return predict(args)
-        evaluate_checkpoint(args) if args.eval else main(args)
+        with quiet() if rank() > 0 else nullcontext():  # process 0 prints for all
+            args = parse_args(argv)
+            if args.predict is not None:
+                return predict(args)
+            join_processes(args.device)
+            evaluate_checkpoint(args) if args.eval else main(args)
+            leave_processes()
+            return 0
     except (DataError, mtcp.WeightsError, FloatingPointError, OSError) as error:
-        print(error, file=sys.stderr)
+        reason = str(error)
     except NotImplementedError as error:
         reason = str(error).partition(".")[0]
-        print(f"this device cannot do it all ({reason}): take --device cpu", file=sys.stderr)
+        reason = f"this device cannot do it all ({reason}): take --device cpu"
     except torch.OutOfMemoryError:
-        print("the device has too little memory: try a smaller --batch-size", file=sys.stderr)
+        reason = "the device has too little memory: try --accumulate 2, or a smaller --batch-size"
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
-            raise
         reason = str(error).splitlines()[0]
-        if Terminated.asked:  # the signal went to the processes that load data, too
-            return 143
-        print(f"a process that loads data has died ({reason}): try --workers 0", file=sys.stderr)
+        if processes() > 1 and (isinstance(error, dist.DistError) or "gloo" in reason):
+            reason = f"lost contact, since another process has failed ({reason})"
+        elif "DataLoader worker" in reason or "shared memory" in str(error):
+            if Terminated.asked:  # the signal went to the processes that load data, too
+                return 143
+            reason = f"a process that loads data has died ({reason}): try --workers 0"
+        else:
+            raise
     except KeyboardInterrupt as stop:
         begun = args is not None and args.out is not None and (args.out / "config.json").is_file()
-        trains = begun and not args.eval and not args.predict
         how = "say it again"
-        if trains:
-            how = f"go on by: python train.py --resume --out {shlex.quote(str(args.out))}"
-        print(f"\nstopped; {how}", file=sys.stderr)
+        if begun and not args.eval and not args.predict:
+            start = "python" if processes() == 1 else "torchrun …"
+            how = f"go on by: {start} train.py --resume --out {shlex.quote(str(args.out))}"
+        if rank() == 0:
+            print(f"\nstopped; {how}", file=sys.stderr)
         return 143 if isinstance(stop, Terminated) else 130
-    else:
-        return 0
+    if rank() == 0:
+        print(reason, file=sys.stderr)
+    elif args is not None:  # what is wrong with a flag, process 0 has said
+        print(f"process {rank()}: {reason}", file=sys.stderr)
     return 2
 
 
