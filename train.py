@@ -1282,7 +1282,9 @@ def main(args: argparse.Namespace) -> dict:
     parts = {"balancer": balancer, "optimizer": optimizer, "scheduler": scheduler}
     run = Run(args, model, start, train_set, begun, **parts)
     args.out = run.out  # also where it was chosen here: `cli` says how to go on
-    network = DistributedDataParallel(model) if processes() > 1 else model
+    network = model
+    if processes() > 1:  # each counts its own statistics of BatchNorm, until the end of the epoch
+        network = DistributedDataParallel(model, broadcast_buffers=False)
 
     # --- Loop: from the images on disk to the optimiser's step, and a look after every epoch ---
     for epoch in range(run.next_epoch, args.epochs):
