@@ -1998,7 +1998,7 @@ def train_elsewhere(root: Path, out: Path, *flags) -> subprocess.Popen:
     return subprocess.Popen([*command, *flags], env=quiet, **pipes)
 
 
-@pytest.mark.parametrize("balancer", ["lps --amp", "dwa", "uncertainty"])
+@pytest.mark.parametrize("balancer", ["lps --amp", "uncertainty"])
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(rooms, tmp_path, balancer):
     flags = f"--balancer {balancer}"
     whole = train_elsewhere(rooms, tmp_path / "whole", *flags.split())
@@ -2017,7 +2017,8 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(rooms, tmp_path,
     assert process.wait() == 0, process.stderr.read()
     ends = [train.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "cut")]
     for part in ("model", "balancer"):
-        assert all(torch.equal(ends[0][part][k], ends[1][part][k]) for k in ends[0][part])
+        for name, x in ends[0][part].items():
+            torch.testing.assert_close(x, ends[1][part][name], rtol=0, atol=0, equal_nan=True)
     logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "cut")]
     assert logs[0] == logs[1] and logs[0].count("\n") == 3
     assert not list((tmp_path / "cut").glob(".*.pt.*"))
@@ -2168,7 +2169,7 @@ def test_flags_of_several_processes(rooms, monkeypatch, capsys):
     assert "one process" in complaint_of("--predict a --checkpoint b --device cpu", capsys)
     flags = f"--root {rooms} --batch-size 3 --device meta"
     assert "run on --device cpu or cuda, not on meta" in complaint_of(flags, capsys)
-    monkeypatch.setenv("RANK", "1")  # the first one has said it
+    monkeypatch.setenv("LOCAL_RANK", "1")  # the first one of the machine has said it
     assert complaint_of(flags, capsys) == ""
 
 
@@ -2196,9 +2197,9 @@ def test_a_checkpoint_that_was_cut_is_replaced_by_the_one_before(rooms, tmp_path
     (a / "last.pt").write_bytes((a / "last.pt").read_bytes()[:-5000])
     assert train.last_checkpoint(a)["epoch"] == 1
     assert "last.pt is no checkpoint" in capsys.readouterr().err
-    # The damaged one is gone: the next save cannot move it over the only good one.
-    assert train.load_checkpoint(a / "last.pt")["epoch"] == 1
     train.main(train.parse_args(["--out", str(a), "--resume"]))
+    # The damaged one was gone by then: the next save did not move it over the only good one.
+    assert train.load_checkpoint(a / "previous.pt")["epoch"] == 1
     again = train.load_checkpoint(a / "last.pt")["model"]
     assert all(torch.equal(end[name], again[name]) for name in end)
     assert (a / "log.jsonl").read_text().count("\n") == 3
@@ -2578,7 +2579,7 @@ def test_bad_flags_get_one_sentence_and_status_2(tmp_path, monkeypatch, capsys, 
     ("config.json", b"{", "--out RUN --resume", "config.json cannot be read"),
     ("config.json", b"\xff\xfe", "--out RUN --resume", "config.json cannot be read"),
     ("config.json", b"[]", "--out RUN --resume", "config.json is damaged"),
-    ("config.json", b"{}", "--out RUN --resume", "config.json is damaged: it has no "),
+    ("config.json", b"{}", "--out RUN --resume", "config.json is damaged or old: it has no "),
     ("last.pt", b"", "--out RUN --resume", "last.pt is no checkpoint of train.py: it cannot be"),
     ("last.pt", b"garbage", "--out RUN --resume", "last.pt is no checkpoint of train.py"),
     ("best.pt", None, "--out RUN --resume", "best.pt not found"),
@@ -2727,7 +2728,7 @@ def test_metrics_need_no_float64_of_the_device(finished, monkeypatch):
 
 @pytest.mark.parametrize("error,said", [
     (NotImplementedError("aten::x is not implemented. Set"), "--device cpu"),
-    (torch.OutOfMemoryError("CUDA out of memory"), "a smaller --batch-size"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "try --accumulate 2"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "--workers 0"),
     (OSError(28, "No space left on device", "last.pt"), "No space left on device: 'last.pt'"),
 ])  # fmt: skip

@@ -21,6 +21,7 @@ best.pt, metrics.json (final figures on the test split) and predictions.png.
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -29,13 +30,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import timm
+import timm.layers
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -175,8 +177,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.dataset = args.dataset or "rooms"
     names = [t.name for t in RECIPES[args.dataset].tasks]
     fill_in(args, {**vars(find_recipe(args.dataset, args.preset)), "tasks": names})
-    fill_in(args, {"root": Path("data") / args.dataset, "balancer": "lps", "seed": 0, "workers": 2})
-    fill_in(args, {"accumulate": 1})
+    fill_in(args, {"root": Path("data") / args.dataset, "balancer": "lps", "seed": 0})
+    fill_in(args, {"workers": 2, "accumulate": 1})
     fill_in(args, {"device": best_device()})
     args.root = Path(args.root).absolute()  # so that it is found again from another folder
     refuse_bad_flags(args, names, p)
@@ -187,7 +189,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # Of this call alone, never taken from a saved run.
 OWN = ("out", "resume", "eval", "single", "predict", "checkpoint", "npz")
 # May differ with --resume: the same data, elsewhere; what helps after a run has died.
-FREE = (*OWN, "root", "workers", "device", "checkpointing", "skip_bad_samples")
+FREE = (*OWN, "root", "workers", "device", "accumulate", "checkpointing", "skip_bad_samples")
 EVALUATION = ("dataset", "root", "tasks", "size", "batch_size", "workers", "device", "amp", "out",
               "eval", "single")  # may be typed with --eval  # fmt: skip
 PREDICTION = ("predict", "checkpoint", "npz", "out", "device", "amp")  # with --predict
@@ -214,7 +216,7 @@ def same_run(args: argparse.Namespace, saved: dict, parser: argparse.ArgumentPar
         raise DataError(f"{args.out} is a finished run without its last.pt: choose another --out")
     absent = vars(args).keys() - saved.keys() - set(OWN)
     if absent:
-        raise DataError(f"{args.out}/config.json is damaged: it has no {sorted(absent)[0]}")
+        raise DataError(f"{args.out}/config.json is damaged or old: it has no {sorted(absent)[0]}")
     for key, typed in vars(args).items():
         longer = key == "epochs" and was_typed(typed) and typed > saved[key]
         if key not in FREE and was_typed(typed) and plain(typed) != saved[key] and not longer:
@@ -309,6 +311,11 @@ def refuse_bad_flags(args: argparse.Namespace, names: list[str], parser) -> None
 
 
 def require_device(device: str, parser: argparse.ArgumentParser) -> None:
+    """Exits if it is not there. Of several processes on a machine each takes a GPU of its own."""
+    if device == "cuda" and processes() > 1 and torch.cuda.is_available():
+        if local_rank() >= torch.cuda.device_count():
+            raise DataError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(local_rank())  # from now on "cuda" is this one
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # "cuda" of a build without CUDA: an assertion
@@ -348,16 +355,21 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def join_processes(device: str) -> None:
-    """Waits until all are there, and gives each a GPU, or raises DataError if there are too few."""
+def local_rank() -> int:
+    """The number of this process on its machine, from 0 on."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Waits until all are there. DataError if they have not been told the same."""
     if processes() == 1:
         return
-    if device == "cuda":
-        number = int(os.environ["LOCAL_RANK"])
-        if number >= torch.cuda.device_count():
-            raise DataError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(number)  # from now on "cuda" is this one
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+    flags = {key: plain(value) for key, value in vars(args).items()}
+    if as_in_process_0(flags) != flags:
+        raise DataError("has other flags than process 0: start all of them alike, and keep --out "
+            "on a disk that all machines share")  # fmt: skip
+    wait_for_all()  # until nobody reads the run's folder any more
 
 
 def sum_over_processes(*tensors: Tensor) -> None:
@@ -390,10 +402,9 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        yield
+def progress(items: Iterable, what: str) -> Iterable:
+    """The same items, with a bar in process 0."""
+    return tqdm(items, desc=what, leave=False, disable=rank() > 0)
 
 
 # ==================================================================================================
@@ -791,7 +802,7 @@ def evaluate(model: nn.Module, tasks: tuple[Task, ...], loader, device: str, amp
     metrics = {t.name: METRICS[t.metric](t) for t in tasks}
     coherence = make_coherence(list(metrics), loader.dataset)
     with record_cosine_distances(model) as seen:
-        for batch in tqdm(loader, desc="evaluating", leave=False):
+        for batch in progress(loader, "evaluating"):
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
                 outputs = model(batch["image"].to(device))
             truth = {t.name: batch[t.name].to(device) for t in tasks}
@@ -851,7 +862,7 @@ class ConstantPredictor(nn.Module):
         super().__init__()
         totals = {t.name: torch.zeros(t.channels, dtype=torch.float64) for t in tasks}
         counts = {t: torch.tensor(0) for t in totals}
-        for batch in tqdm(loader, desc="trivial predictor", leave=False):
+        for batch in progress(loader, "trivial predictor"):
             for t in tasks:
                 total, count = self.sum_up(t, batch[t.name])
                 totals[t.name] += total
@@ -1111,7 +1122,7 @@ def results_table(tasks: tuple[Task, ...], report: dict) -> str:
 def require_finite(values: Tensor, losses: dict[str, Tensor], names: list[str]) -> None:
     """FloatingPointError if a total loss, a gradient's norm or weights are not finite.
 
-    names: the images of the batch, one of which may be to blame.
+    names: the images of the step, one of which may be to blame.
     """
     if not torch.isfinite(values).all():
         last = {t: round(loss.item(), 3) for t, loss in losses.items()}
@@ -1157,13 +1168,9 @@ class Run:
             self.next_epoch = saved["epoch"] + 1
             self.best = saved["best"]
             self.log = saved["log"]
-        wait_for_all()  # until nobody reads the folder any more
         if rank() == 0:
             self.open_folder(args, saved, start)
         self.out = as_in_process_0(args.out)
-        if as_in_process_0(self.next_epoch) != self.next_epoch:
-            raise DataError(f"process {rank()} finds other files in {self.out} than process 0: "
-                "all machines need one disk")  # fmt: skip
         print(f"{self.out}: {parameters(model) / 1e6:.1f} M parameters, from {start}")
         print(table_row("epoch", *(c for t in model.tasks for c in (t.name, "weight", t.metric))))
 
@@ -1182,7 +1189,7 @@ class Run:
             config = read_json(self.out / "config.json")
             if config["epochs"] != args.epochs:
                 print(f"schedule stretched from {config['epochs']} to {args.epochs} epochs")
-        here = {"epochs": args.epochs, "root": str(args.root)}
+        here = {"epochs": args.epochs, "root": str(args.root), "accumulate": args.accumulate}
         save_json(self.out / "config.json", {**config, **here})
 
     def end_epoch(
@@ -1253,7 +1260,7 @@ def main(args: argparse.Namespace) -> dict:
     recipe = find_recipe(args.dataset, args.preset)
     tasks = tuple(t for t in recipe.tasks if t.name in args.tasks)
     single = single_task_results(args.single, args.dataset, tasks) if args.single else None
-    begun = last_checkpoint(args.out) if args.resume else None
+    begun = as_in_process_0(last_checkpoint(args.out) if args.resume and rank() == 0 else None)
     if begun is not None:
         model, start = build_model(begun, args.out), "last.pt"
         model.cfg = replace(model.cfg, checkpointing=args.checkpointing)
@@ -1266,8 +1273,8 @@ def main(args: argparse.Namespace) -> dict:
     where = (args.dataset, args.root, args.tasks, args.size, args.seed)
     sets = make_datasets(*where, args.preset, args.skip_bad_samples)
     train_set, plain_set, held_out_set, test_set = sets
-    if processes() > 1 and args.device == "cuda":  # statistics of the whole step, not of one part
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if processes() > 1 and args.device == "cuda":  # BatchNorm sees the images of all processes
+        model = timm.layers.convert_sync_batchnorm(model)
     model = model.to(args.device, memory_format=torch.channels_last)  # faster, on CPU and GPU alike
     balancer = BALANCERS[args.balancer](model.names, args.kappa).to(args.device)
     steps = args.epochs * max(1, len(train_set) // args.batch_size)
@@ -1283,7 +1290,7 @@ def main(args: argparse.Namespace) -> dict:
     run = Run(args, model, start, train_set, begun, **parts)
     args.out = run.out  # also where it was chosen here: `cli` says how to go on
     network = model
-    if processes() > 1:  # each counts its own statistics of BatchNorm, until the end of the epoch
+    if processes() > 1:  # on CPUs each has its own BatchNorm, until the end of the epoch
         network = DistributedDataParallel(model, broadcast_buffers=False)
 
     # --- Loop: from the images on disk to the optimiser's step, and a look after every epoch ---
@@ -1297,9 +1304,11 @@ def main(args: argparse.Namespace) -> dict:
         )  # fmt: skip
         seen = mtcp.EpochMean(len(tasks)).double()
         skipped = torch.tensor(0)
+        names = []
         model.train()
-        for i, batch in enumerate(tqdm(loader, desc=f"epoch {epoch + 1}", leave=False)):
+        for i, batch in enumerate(progress(loader, f"epoch {epoch + 1}")):
             last = (i + 1) % args.accumulate == 0  # part of this step
+            names += batch["name"]  # of the images of this step
             if processes() > 1:
                 network.require_backward_grad_sync = last  # to exchange gradients once a step
             images = batch["image"].to(args.device, memory_format=torch.channels_last)
@@ -1310,17 +1319,18 @@ def main(args: argparse.Namespace) -> dict:
             losses = mtcp.task_losses(tasks, outputs, targets)  # {task: L_t}
             seen.add(torch.stack([loss.detach().cpu() for loss in losses.values()]))
             total = balancer(losses)  # Σ_t w_t log(1 + L_t)
-            require_finite(total, losses, batch["name"])
+            require_finite(total, losses, names)
             (total / args.accumulate).backward()
             if not last:
                 continue
             average_over_processes(p.grad for p in balancer.parameters())  # DDP does the network's
             # D13: before the step. The release clips after it on PASCAL, which does nothing.
             norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-            require_finite(norm, losses, batch["name"])
+            require_finite(norm, losses, names)
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
+            names = []
             if Terminated.asked:  # and Python has dropped the exception, as it does in a __del__
                 raise Terminated
         # Before anything is saved: a last step may have led to where no loss is seen any more.
@@ -1337,8 +1347,7 @@ def main(args: argparse.Namespace) -> dict:
         run.end_epoch(epoch, means, weights, results, reached, skipped.item())
 
     # --- Test: once, with the weights of the epoch that the held-out images chose ---
-    wait_for_all()  # until process 0 has saved
-    chosen = load_checkpoint(run.out / "best.pt")
+    chosen = as_in_process_0(load_checkpoint(run.out / "best.pt") if rank() == 0 else None)
     model.load_state_dict(chosen["model"])
     loader = make_loader(test_set, part, args.workers)
     report = test(model, constant, tasks, loader, args.amp)
@@ -1410,7 +1419,7 @@ def predict(args: argparse.Namespace) -> int:
     out = new_folder(args.out, "predictions")
     failed = 0
     used = set()
-    for path in tqdm(photographs, desc=f"predicting into {out}", leave=False):
+    for path in progress(photographs, f"predicting into {out}"):
         try:
             pixels = data.read_photograph(path)
             labels = predict_labels(model, pixels, content["size"], args)
@@ -1504,17 +1513,38 @@ def save_labels(out: Path, name: str, tasks, pixels: np.ndarray, labels: dict, c
     data.save(out / f"{name}_panel.png", lambda f: sheet.save(f, "PNG"))
 
 
+@contextmanager
+def told_to_stop() -> Iterator[None]:
+    """Inside the `with` block, SIGTERM raises Terminated."""
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        if processes() > 1:  # torchrun sends it when one has failed; this one is on its way out
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Process 0 prints for all: inside the `with` block, what others print is lost."""
+    if rank() == 0:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
 def cli(argv: list[str] | None = None) -> int:
     """Exit status: 0; 2 with one sentence on stderr; 130 after Ctrl-C, 143 after SIGTERM."""
     data.keep_printing()
-    signal.signal(signal.SIGTERM, terminate)
     args = None
     try:
-        with quiet() if rank() > 0 else nullcontext():  # process 0 prints for all
-            args = parse_args(argv)
+        with told_to_stop(), quiet():
+            with redirect_stderr(io.StringIO() if local_rank() > 0 else sys.stderr):
+                args = parse_args(argv)  # the first process of each machine says what is wrong
             if args.predict is not None:
                 return predict(args)
-            join_processes(args.device)
+            join_processes(args)
             evaluate_checkpoint(args) if args.eval else main(args)
             leave_processes()
             return 0
@@ -1524,14 +1554,17 @@ def cli(argv: list[str] | None = None) -> int:
         reason = str(error).partition(".")[0]
         reason = f"this device cannot do it all ({reason}): take --device cpu"
     except torch.OutOfMemoryError:
-        reason = "the device has too little memory: try --accumulate 2, or a smaller --batch-size"
+        smaller = "--accumulate 2, --checkpointing or "
+        if args.eval or args.predict:
+            smaller = "a smaller --batch-size or " if args.eval else ""
+        reason = f"the device has too little memory: try {smaller}--device cpu"
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
+        if Terminated.asked:  # the signal went to the processes that load data, too
+            return 143
         if processes() > 1 and (isinstance(error, dist.DistError) or "gloo" in reason):
-            reason = f"lost contact, since another process has failed ({reason})"
+            reason = f"there is no contact to the other processes; has one failed? ({error})"
         elif "DataLoader worker" in reason or "shared memory" in str(error):
-            if Terminated.asked:  # the signal went to the processes that load data, too
-                return 143
             reason = f"a process that loads data has died ({reason}): try --workers 0"
         else:
             raise
@@ -1544,10 +1577,7 @@ def cli(argv: list[str] | None = None) -> int:
         if rank() == 0:
             print(f"\nstopped; {how}", file=sys.stderr)
         return 143 if isinstance(stop, Terminated) else 130
-    if rank() == 0:
-        print(reason, file=sys.stderr)
-    elif args is not None:  # what is wrong with a flag, process 0 has said
-        print(f"process {rank()}: {reason}", file=sys.stderr)
+    print(reason if rank() == 0 else f"process {rank()}: {reason}", file=sys.stderr)
     return 2
 
 
