@@ -380,12 +380,14 @@ def sum_over_processes(*tensors: Tensor) -> None:
 
 
 def average_over_processes(tensors: Iterable[Tensor]) -> None:
+    """In place: each becomes its mean over all processes."""
     for x in tensors:
         sum_over_processes(x)
-        x /= processes()  # in place, too
+        x /= processes()
 
 
 def wait_for_all() -> None:
+    """Goes on when all processes have come here: a sum needs all of them."""
     sum_over_processes(torch.zeros(1))
 
 
