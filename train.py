@@ -95,9 +95,10 @@ RECIPES = {
     ),
 }
 # Of the preset "small", on a laptop. Its decoders start from random weights and must learn fast.
-# The backbone knows something already, which a high learning rate would destroy.
+# The backbone knows something already, which a high learning rate destroys: with one head on P, two
+# epochs of NYUD-v2 gave mIoU 6.5 at 5e-4 and 5e-5 for the backbone, 9.8 at 1e-3 and 1e-5.
 LAPTOP = {
-    "epochs": 9, "batch_size": 4, "lr": 5e-4, "backbone_lr": 0.1, "warmup": 100, "kappa": 1.6,
+    "epochs": 9, "batch_size": 4, "lr": 1e-3, "backbone_lr": 0.01, "warmup": 100, "kappa": 1.6,
     "jitter": 0.1,
 }  # fmt: skip
 SMALL_RECIPES = {
