@@ -970,7 +970,7 @@ def check_split(dataset: DenseDataset, split: str, rows: list, fit: Tensor) -> l
     stems = [s for s in dataset.stems if s not in absent]
     seen = {task: Seen() for task in dataset.tasks}
     unreadable = {}  # what is said, without what differs from file to file → the first, number
-    for i, stem in enumerate(tqdm(stems, desc=f"reading {split}")):
+    for i, stem in enumerate(tqdm(stems, desc=f"reading {split}", disable=None)):
         try:
             sample = dataset.read(stem)
             if i % max(1, len(stems) // 50) == 0:
@@ -1749,7 +1749,7 @@ def render_set(name: str, out: Path, train=800, val=200, size=(96, 128), seed=0)
         jobs = pool.map(
             partial(write_scene, name, out, seed, size), range(train + val), chunksize=8
         )
-        stems = list(tqdm(jobs, total=train + val, desc=f"rendering {out}"))
+        stems = list(tqdm(jobs, total=train + val, desc=f"rendering {out}", disable=None))
     for split, part in (("train", stems[:train]), ("val", stems[train:])):
         save_text(out / DATASETS[name].lists[split], "\n".join(part))
     save_text(out / "rendered.json", json.dumps({**wanted, "complete": True}))
@@ -1921,7 +1921,7 @@ def convert_nyud(mat: Path, out: Path) -> None:
     save_text(marker, about)
     with ProcessPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as p:
         jobs = p.map(partial(convert_image, mat, out), range(NYUD_IMAGES), chunksize=8)
-        stems = list(tqdm(jobs, total=NYUD_IMAGES, desc=f"converting into {out}"))
+        stems = list(tqdm(jobs, total=NYUD_IMAGES, desc=f"converting into {out}", disable=None))
     # The lists come last: without them nobody takes this for a whole archive.
     for split, bit in (("train", 1), ("val", 0)):
         part = [stem for i, stem in enumerate(stems) if NYUD_TRAINING >> i & 1 == bit]

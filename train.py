@@ -406,8 +406,8 @@ def leave_processes() -> None:
 
 
 def progress(items: Iterable, what: str) -> Iterable:
-    """The same items, with a bar in process 0."""
-    return tqdm(items, desc=what, leave=False, disable=rank() > 0)
+    """The same items, with a bar in process 0 if it writes to a terminal, and not into a file."""
+    return tqdm(items, desc=what, leave=False, disable=True if rank() else None)
 
 
 # ==================================================================================================
