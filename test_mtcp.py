@@ -2540,6 +2540,15 @@ def complaint_of(flags: str, capsys) -> str:
     return capsys.readouterr().err
 
 
+def test_amp_on_a_cpu_that_only_imitates_bfloat16_is_said_to_be_slow(monkeypatch, capsys):
+    for capability, flags, said in (
+        ("AVX2", "--amp", True), ("AVX2", "", False), ("AVX512", "--amp", False)
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        train.parse_args(["--device", "cpu", *flags.split()])
+        assert ("imitate bfloat16" in capsys.readouterr().err) == said
+
+
 @pytest.mark.parametrize("flags,said", [
     ("--dataset nyud", "--start FILE"),
     ("--preset vit", "--start pretrained"), ("--preset small", "--start pretrained"),

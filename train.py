@@ -204,7 +204,7 @@ def prediction_flags(args: argparse.Namespace, parser: argparse.ArgumentParser):
             flag = as_typed(key, typed).removeprefix("with ")
             parser.error(f"{args.checkpoint} predicts as it was trained: drop {flag}")
     args.device = args.device or best_device()
-    require_device(args.device, parser)
+    require_device(args, parser)
     if processes() > 1:
         parser.error("--predict runs in one process, without torchrun")
     return args
@@ -295,7 +295,7 @@ def refuse_bad_flags(args: argparse.Namespace, names: list[str], parser) -> None
     if args.batch_size % parts and not args.eval:
         parser.error(f"--batch-size takes a multiple of {parts}, the parts of a step: it has "
             f"{processes()} processes, each --accumulate {args.accumulate}")  # fmt: skip
-    require_device(args.device, parser)
+    require_device(args, parser)
     if processes() > 1 and args.device not in ("cpu", "cuda"):
         parser.error(f"several processes run on --device cpu or cuda, not on {args.device}")
     if args.backbone is not None and not timm.is_model(args.backbone):
@@ -311,8 +311,9 @@ def refuse_bad_flags(args: argparse.Namespace, names: list[str], parser) -> None
         )
 
 
-def require_device(device: str, parser: argparse.ArgumentParser) -> None:
+def require_device(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Exits if it is not there. Of several processes on a machine each takes a GPU of its own."""
+    device = args.device
     if device == "cuda" and processes() > 1 and torch.cuda.is_available():
         if local_rank() >= torch.cuda.device_count():
             raise DataError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} GPUs")
@@ -322,6 +323,8 @@ def require_device(device: str, parser: argparse.ArgumentParser) -> None:
     except (RuntimeError, AssertionError) as error:  # "cuda" of a build without CUDA: an assertion
         reason = str(error).splitlines()[0]
         parser.error(f"--device {device} is not there ({reason}); cpu always is")
+    if args.amp and device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        print("--amp: this CPU must imitate bfloat16, and is much slower with it", file=sys.stderr)
 
 
 def plain(value):
