@@ -24,6 +24,7 @@ import argparse
 import io
 import json
 import math
+import multiprocessing
 import os
 import shlex
 import signal
@@ -179,8 +180,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     names = [t.name for t in RECIPES[args.dataset].tasks]
     fill_in(args, {**vars(find_recipe(args.dataset, args.preset)), "tasks": names})
     fill_in(args, {"root": Path("data") / args.dataset, "balancer": "lps", "seed": 0})
-    fill_in(args, {"workers": 2, "accumulate": 1})
-    fill_in(args, {"device": best_device()})
+    fill_in(args, {"workers": 2, "accumulate": 1, "device": best_device()})
     args.root = Path(args.root).absolute()  # so that it is found again from another folder
     refuse_bad_flags(args, names, p)
     args.start = args.start or "scratch"
@@ -401,11 +401,6 @@ def as_in_process_0(content):
     if processes() > 1:
         dist.broadcast_object_list(box)
     return box[0]
-
-
-def leave_processes() -> None:
-    if processes() > 1:
-        dist.destroy_process_group()
 
 
 def progress(items: Iterable, what: str) -> Iterable:
@@ -1145,7 +1140,12 @@ class Terminated(KeyboardInterrupt):
 
 
 def terminate(*_) -> None:
+    """The signal may go to the processes that load data, too: they end without a word."""
+    if multiprocessing.parent_process() is not None:
+        os._exit(143)
     Terminated.asked = True
+    if hasattr(signal, "SIGCHLD"):  # torch's handler would report their end as an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     raise Terminated
 
 
@@ -1183,7 +1183,8 @@ class Run:
     def open_folder(self, args: argparse.Namespace, saved: dict | None, start: str) -> None:
         """A new folder, or that of the run to go on with, put in order."""
         begun = args.resume and holds_something(args.out)
-        self.out = args.out = args.out if begun else new_folder(args.out, f"runs/{args.dataset}")
+        args.out = args.out if begun else new_folder(args.out, f"runs/{args.dataset}")
+        self.out = args.out  # known there too: `cli` says how to go on
         self.lock = lock(self.out)
         for left in self.out.glob(".*.pt.*"):  # of a process that was killed while it saved
             left.unlink()
@@ -1192,11 +1193,11 @@ class Run:
             if "read_from" in saved:
                 os.replace(saved["read_from"], self.out / "last.pt")
             self.write_log()  # its last line may be missing
-            config = read_json(self.out / "config.json")
-            if config["epochs"] != args.epochs:
-                print(f"schedule stretched from {config['epochs']} to {args.epochs} epochs")
-        here = {"epochs": args.epochs, "root": str(args.root), "accumulate": args.accumulate}
-        save_json(self.out / "config.json", {**config, **here})
+            before = read_json(self.out / "config.json")
+            config |= {key: before.get(key) for key in (*OWN, "started_from")}
+            if before["epochs"] != args.epochs:
+                print(f"schedule stretched from {before['epochs']} to {args.epochs} epochs")
+        save_json(self.out / "config.json", config)
 
     def end_epoch(
         self, epoch: int, losses: dict, weights: list, results: dict, reached: float, skipped: int
@@ -1218,8 +1219,8 @@ class Run:
             state = model.state_dict()
             save_checkpoint(self.out / "best.pt", **self.about, model=state, epoch=epoch)
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        progress = {"epoch": epoch, "best": self.best, "log": self.log}
-        save_checkpoint(self.out / "next.pt", **self.about, **states, **progress)
+        states |= {"epoch": epoch, "best": self.best, "log": self.log}
+        save_checkpoint(self.out / "next.pt", **self.about, **states)
         if (self.out / "last.pt").is_file():
             os.replace(self.out / "last.pt", self.out / "previous.pt")
         os.replace(self.out / "next.pt", self.out / "last.pt")
@@ -1292,9 +1293,8 @@ def main(args: argparse.Namespace) -> dict:
     held_out = make_loader(held_out_set, part, args.workers)
     trivial = evaluate(constant, tasks, held_out, args.device)
     judging = judging_tasks(tasks, trivial)
-    parts = {"balancer": balancer, "optimizer": optimizer, "scheduler": scheduler}
-    run = Run(args, model, start, train_set, begun, **parts)
-    args.out = run.out  # also where it was chosen here: `cli` says how to go on
+    states = {"balancer": balancer, "optimizer": optimizer, "scheduler": scheduler}
+    run = Run(args, model, start, train_set, begun, **states)
     network = model
     if processes() > 1:  # on CPUs each has its own BatchNorm, until the end of the epoch
         network = DistributedDataParallel(model, broadcast_buffers=False)
@@ -1313,8 +1313,8 @@ def main(args: argparse.Namespace) -> dict:
         names = []
         model.train()
         for i, batch in enumerate(progress(loader, f"epoch {epoch + 1}")):
-            last = (i + 1) % args.accumulate == 0  # part of this step
-            names += batch["name"]  # of the images of this step
+            last = (i + 1) % args.accumulate == 0  # is this the last part of the step?
+            names = (names if i % args.accumulate else []) + batch["name"]  # of this step's images
             if processes() > 1:
                 network.require_backward_grad_sync = last  # to exchange gradients once a step
             images = batch["image"].to(args.device, memory_format=torch.channels_last)
@@ -1336,12 +1336,11 @@ def main(args: argparse.Namespace) -> dict:
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
-            names = []
             if Terminated.asked:  # and Python has dropped the exception, as it does in a __del__
                 raise Terminated
         # Before anything is saved: a last step may have led to where no loss is seen any more.
         largest = torch.stack([p.detach().abs().max() for p in model.parameters()])
-        require_finite(largest, losses, batch["name"])
+        require_finite(largest, losses, names)
         means = dict(zip(losses, seen.pop().tolist(), strict=True))
         sum_over_processes(skipped)
         average_over_processes(x for name, x in model.named_buffers() if "running" in name)
@@ -1355,39 +1354,38 @@ def main(args: argparse.Namespace) -> dict:
     # --- Test: once, with the weights of the epoch that the held-out images chose ---
     chosen = as_in_process_0(load_checkpoint(run.out / "best.pt") if rank() == 0 else None)
     model.load_state_dict(chosen["model"])
-    loader = make_loader(test_set, part, args.workers)
-    report = test(model, constant, tasks, loader, args.amp)
-    if single is not None:
-        report["delta_m"] = score(tasks, report["test"], single)
-    report |= {"dataset": args.dataset, "best_epoch": chosen["epoch"] + 1}
+    report = test(args, model, constant, tasks, test_set, part, single)
+    report["best_epoch"] = chosen["epoch"] + 1
     if args.skip_bad_samples:
         report["skipped"] = sum(line.get("skipped", 0) for line in run.log)
-    report |= {"parameters": parameters(model), "seconds": round(time.time() - started)}
+    report["parameters"] = parameters(model)
+    if begun is None:  # of a continued run it would be the last part's
+        report["seconds"] = round(time.time() - started)
     return finish(run.out, report, model, tasks, test_set)
 
 
-def test(model: MTCP, constant, tasks: tuple[Task, ...], loader, amp: bool) -> dict[str, dict]:
-    """Figures of the network and of the trivial predictor on the test split."""
-    device = next(model.parameters()).device
-    trivial = evaluate(constant, tasks, loader, device)
-    return {"test": evaluate(model, tasks, loader, device, amp), "trivial": trivial}
+def test(args, model: MTCP, constant, tasks, test_set, part: int, single: dict | None) -> dict:
+    """Figures of the network and of the trivial predictor on the test split; Δm against single."""
+    loader = make_loader(test_set, part, args.workers)
+    trivial = evaluate(constant, tasks, loader, args.device)
+    report = {"test": evaluate(model, tasks, loader, args.device, args.amp), "trivial": trivial}
+    if single is not None:
+        report["delta_m"] = score(tasks, report["test"], single)
+    return {**report, "dataset": args.dataset}
 
 
 def evaluate_checkpoint(args: argparse.Namespace) -> dict:
     """--eval: a checkpoint's network on the test split; writes only if --out is given."""
-    model = load_model(args.eval).to(args.device)
+    model = load_model(args.eval).to(args.device, memory_format=torch.channels_last)  # as `main`
     tasks = tuple(t for t in model.tasks if t.name in args.tasks)
-    sets = make_datasets(args.dataset, args.root, args.tasks, args.size, args.seed)
-    _, plain_set, _, test_set = sets
+    where = (args.dataset, args.root, args.tasks, args.size, args.seed)
+    _, plain_set, _, test_set = make_datasets(*where, args.preset, args.skip_bad_samples)
     single = single_task_results(args.single, args.dataset, tasks) if args.single else None
     out = new_folder(args.out, f"runs/{args.dataset}") if args.out is not None else None
     part = max(1, args.batch_size // (processes() * args.accumulate))
     constant = ConstantPredictor(tasks, make_loader(plain_set, part, args.workers))
-    loader = make_loader(test_set, part, args.workers)
-    report = test(model, constant, tasks, loader, args.amp)
-    if single is not None:
-        report["delta_m"] = score(tasks, report["test"], single)
-    report |= {"dataset": args.dataset, "checkpoint": str(args.eval)}
+    report = test(args, model, constant, tasks, test_set, part, single)
+    report["checkpoint"] = str(args.eval)
     return finish(out, report, model, tasks, test_set)
 
 
@@ -1421,7 +1419,7 @@ def predict(args: argparse.Namespace) -> int:
     content = load_checkpoint(args.checkpoint)
     if not {"classes", "size"} <= content.keys():
         raise DataError(f"{args.checkpoint} was saved before there was --predict: train it again")
-    model = load_model(args.checkpoint).to(args.device)
+    model = build_model(content, args.checkpoint).to(args.device)
     out = new_folder(args.out, "predictions")
     failed = 0
     used = set()
@@ -1464,9 +1462,7 @@ def predict_labels(model: MTCP, pixels: np.ndarray, size: tuple[int, int], args)
         if t.output == "logits" and t.channels > 1:
             labels[t.name] = large_argmax(y, (H, W)).numpy()
         else:
-            y = mtcp.resize(y, (H, W))
-            y = F.normalize(y, dim=1) if t.output == "unit" else y
-            labels[t.name] = as_label(t, y[0]).numpy()
+            labels[t.name] = as_label(t, at_label_size(t, y, image)[0]).numpy()
     return labels
 
 
@@ -1525,6 +1521,10 @@ def told_to_stop() -> Iterator[None]:
     signal.signal(signal.SIGTERM, terminate)
     try:
         yield
+    except RuntimeError as error:
+        if Terminated.asked:  # a process that loads data has ended first
+            raise Terminated from error
+        raise
     finally:
         if processes() > 1:  # torchrun sends it when one has failed; this one is on its way out
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -1541,7 +1541,9 @@ def quiet() -> Iterator[None]:
 
 
 def cli(argv: list[str] | None = None) -> int:
-    """Exit status: 0; 2 with one sentence on stderr; 130 after Ctrl-C, 143 after SIGTERM."""
+    """Exit status: 0; 1 if a photograph could not be read; 2 with one sentence on stderr; after
+    Ctrl-C 130, after SIGTERM 143.
+    """
     data.keep_printing()
     args = None
     try:
@@ -1552,7 +1554,8 @@ def cli(argv: list[str] | None = None) -> int:
                 return predict(args)
             join_processes(args)
             evaluate_checkpoint(args) if args.eval else main(args)
-            leave_processes()
+            if processes() > 1:
+                dist.destroy_process_group()
             return 0
     except (DataError, mtcp.WeightsError, FloatingPointError, OSError) as error:
         reason = str(error)
@@ -1566,8 +1569,6 @@ def cli(argv: list[str] | None = None) -> int:
         reason = f"the device has too little memory: try {smaller}--device cpu"
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        if Terminated.asked:  # the signal went to the processes that load data, too
-            return 143
         if processes() > 1 and (isinstance(error, dist.DistError) or "gloo" in reason):
             reason = f"there is no contact to the other processes; has one failed? ({error})"
         elif "DataLoader worker" in reason or "shared memory" in str(error):
