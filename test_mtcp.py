@@ -2116,15 +2116,17 @@ def test_a_step_in_parts_takes_the_mean_of_their_gradients(rooms, tmp_path, monk
     torch.manual_seed(0)
     tasks = tuple(t for t in NYUD_TASKS if t.name == "depth")
     model = MTCP(tasks, replace(TOY, trace_back=False)).train()
+    model = model.to(memory_format=torch.channels_last)  # other kernels, other roundings
     dataset = train.make_datasets("rooms", rooms, ["depth"], None, 0)[0]
     parts = iter(data.make_loader(dataset, 2, shuffle=True, seed=0, workers=0))
     for grads in taken:
         model.zero_grad()
         for batch in (next(parts), next(parts)):
-            loss = mtcp.task_losses(tasks, model(batch["image"]), batch)["depth"]
+            image = batch["image"].to(memory_format=torch.channels_last)
+            loss = mtcp.task_losses(tasks, model(image), batch)["depth"]
             (torch.log1p(loss) / 2).backward()
         for p, grad in zip(model.parameters(), grads, strict=True):
-            close(p.grad, grad, 1e-4)
+            close(p.grad, grad)
     assert len(taken) == len(dataset) // 4
 
 

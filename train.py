@@ -1184,7 +1184,7 @@ class Run:
         """A new folder, or that of the run to go on with, put in order."""
         begun = args.resume and holds_something(args.out)
         args.out = args.out if begun else new_folder(args.out, f"runs/{args.dataset}")
-        self.out = args.out  # known there too: `cli` says how to go on
+        self.out = args.out  # `cli` reads args.out to say how to go on
         self.lock = lock(self.out)
         for left in self.out.glob(".*.pt.*"):  # of a process that was killed while it saved
             left.unlink()
