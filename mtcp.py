@@ -257,25 +257,27 @@ def any_size_args(name: str) -> dict:
     return {"dynamic_img_size": True} if family in ("vision_transformer", "deit", "eva") else {}
 
 
-class SimpleFeaturePyramid(nn.Module):
-    """Four ViT maps (B,D,H/16,W/16), from shallow to deep → four maps at strides 4, 8, 16, 32.
+class ViTPyramid(nn.Module):
+    """Four ViT maps (B,D,H/16,W/16), from shallow to deep → four (B,D,·,·) at strides 4, 8, 16, 32.
 
-    The resampling is [ViTDet]'s (section 3), which makes all four maps from the last block. Here
-    each has a block of its own, as in [DPT]: early blocks still know where things are.
-    D11: without [ViTDet]'s further convolutions on each map. The pixel decoder projects each one.
+    Deep blocks know what is there, shallow ones know better where. Each map gets both: all blocks
+    side by side, mixed by a convolution of its own. P is made of the two finest maps, and what they
+    lack reaches it only through the pixel decoder's attention. [ViTDet] makes all four maps from
+    the last block, [DPT] each one from a block of its own.
     """
 
     def __init__(self, dim: int):
         super().__init__()
-        self.channels = [dim // 4, dim // 2, dim, dim]
-        up8 = nn.ConvTranspose2d(dim, dim // 2, 2, 2)
-        up4 = nn.ConvTranspose2d(dim // 2, dim // 4, 2, 2)
-        self.to4 = nn.Sequential(up8, LayerNorm2d(dim // 2), nn.GELU(), up4)
-        self.to8 = nn.ConvTranspose2d(dim, dim // 2, 2, 2)
-        self.to32 = nn.MaxPool2d(2)
+        self.channels = [dim] * 4
+        # In a DINOv2-S tuned for saliency, the last of the four is 50 times as large as the first.
+        self.norms = nn.ModuleList(LayerNorm2d(dim) for _ in range(4))
+        self.mix = nn.ModuleList(nn.Conv2d(4 * dim, dim, 1) for _ in range(4))
 
     def forward(self, c: list[Tensor]) -> list[Tensor]:
-        return [self.to4(c[0]), self.to8(c[1]), c[2], self.to32(c[3])]
+        x = torch.cat([norm(m) for norm, m in zip(self.norms, c, strict=True)], dim=1)
+        h, w = x.shape[-2:]
+        sizes = [(4 * h, 4 * w), (2 * h, 2 * w), (h, w), (h // 2, w // 2)]
+        return [resize(mix(x), size) for mix, size in zip(self.mix, sizes, strict=True)]
 
 
 class Backbone(nn.Module):
@@ -283,7 +285,7 @@ class Backbone(nn.Module):
 
     A thin wrapper over timm's `features_only` models; each map gets a LayerNorm over its channels.
     Swin, ConvNeXt, PVT v2, ResNet, HRNet, VGG and others have the four strides. Plain ViTs (ViT,
-    DeiT, DINOv2, DINOv3) have one, 14 or 16; SimpleFeaturePyramid makes the four maps of 4 blocks.
+    DeiT, DINOv2, DINOv3) have one, 14 or 16; ViTPyramid makes the four maps of 4 blocks.
     Raises ValueError for other strides and for a backbone that takes images of one size only.
 
     D11: any of these. The release has one, Swin-S [release: models/models_nyud_CL.py#L173].
@@ -305,7 +307,7 @@ class Backbone(nn.Module):
             depth = len(self.net.model.blocks)
             # After a quarter of the blocks, half of them, … all; timm's choice is the last three.
             self.net.out_indices = [math.ceil(depth * k / 4) - 1 for k in (1, 2, 3, 4)]
-            self.pyramid = SimpleFeaturePyramid(self.channels[-1])
+            self.pyramid = ViTPyramid(self.channels[-1])
             self.channels = self.pyramid.channels
         elif strides[-4:] != [4, 8, 16, 32]:
             raise ValueError(f"backbone {name} has strides {strides}, not 4, 8, 16, 32 or 14 or 16")

@@ -700,10 +700,10 @@ def test_backbone_weights_of_timm_give_timms_features(name, args, tmp_path):
     side = timm.get_pretrained_cfg(name).input_size[-1]
     x = torch.randn(1, 3, *(2 * [side // ours.patch * 16 if ours.patch else side]))
     with torch.no_grad():
+        if ours.patch:  # the four blocks themselves, not what the pyramid makes of them
+            ours.pyramid = nn.Identity()
+            theirs.out_indices = ours.net.out_indices
         maps = ours(x)
-        if ours.patch:  # of the four maps of the pyramid, that at stride 16 is the ViT's own
-            maps = maps[2:3]
-            theirs.out_indices = ours.net.out_indices[2:3]
         expected = theirs(mtcp.resize(x, (side, side)))[-4:]
     for m, e in zip(maps, expected, strict=True):
         close(m, e.permute(0, 3, 1, 2) if "swin" in name else e, 1e-4)
@@ -778,7 +778,7 @@ def test_plain_vits_at_480_by_640(name):
     with torch.no_grad():
         sizes = [tuple(m.shape[-2:]) for m in backbone(x)]
         backbone.norms = nn.ModuleList([nn.Identity()] * 4)
-        backbone.pyramid.to4 = backbone.pyramid.to8 = backbone.pyramid.to32 = nn.Identity()
+        backbone.pyramid = nn.Identity()
         maps = backbone(x)
         flat = backbone(torch.zeros_like(x))[2]
         expected = {}
@@ -792,6 +792,26 @@ def test_plain_vits_at_480_by_640(name):
         close(at, expected[blocks][:, prefix:].mT.reshape(at.shape), 1e-4)
     # DINOv3's rotary positions are relative: all places of a uniform image are alike.
     assert "dinov3" in name or flat.std(dim=(2, 3)).mean() > 1e-3
+
+
+def test_each_map_of_a_vit_holds_all_blocks_whatever_their_scale():
+    torch.manual_seed(0)
+    pyramid = mtcp.ViTPyramid(8)
+    c = [scale * torch.randn(2, 8, 4, 6) for scale in (0.05, 0.1, 0.2, 2.5)]
+    with torch.no_grad():
+        maps = pyramid(c)
+        tokens = torch.cat([F.layer_norm(m.permute(0, 2, 3, 1), (8,), eps=1e-6) for m in c], dim=-1)
+        mixed = [tokens @ mix.weight.flatten(1).T + mix.bias for mix in pyramid.mix]  # (2,4,6,8)
+        for m, n in zip(maps, (4, 2, 1, 1 / 2), strict=True):
+            assert m.shape == (2, 8, 4 * n, 6 * n)
+        close(maps[2].permute(0, 2, 3, 1), mixed[2], 1e-5)
+        pooled = mixed[3].unfold(1, 2, 2).unfold(2, 2, 2).mean(dim=(-1, -2))  # (2,2,3,8)
+        close(maps[3].permute(0, 2, 3, 1), pooled, 1e-5)
+        # The four pixels of stride 8 around the corner between four tokens are the tokens' mean.
+        corner = maps[1][:, :, 1:3, 1:3].mean(dim=(2, 3))
+        close(corner, mixed[1][:, :2, :2].mean(dim=(1, 2)), 1e-5)
+        c[0] = c[0] + torch.randn(2, 8, 4, 6)
+        assert all((a - b).abs().max() > 1e-3 for a, b in zip(pyramid(c), maps, strict=True))
 
 
 def test_a_window_that_divides_nothing_at_480_by_640():
