@@ -262,14 +262,15 @@ class ViTPyramid(nn.Module):
 
     Deep blocks know what is there, shallow ones know better where. Each map gets both: all blocks
     side by side, mixed by a convolution of its own. P is made of the two finest maps, and what they
-    lack reaches it only through the pixel decoder's attention. [ViTDet] makes all four maps from
-    the last block, [DPT] each one from a block of its own.
+    lack reaches it only through the pixel decoder's attention. D11: [ViTDet] makes all four maps
+    from the last block, [DPT] each one from a block of its own.
     """
 
     def __init__(self, dim: int):
         super().__init__()
         self.channels = [dim] * 4
-        # In a DINOv2-S tuned for saliency, the last of the four is 50 times as large as the first.
+        # Each block adds to what it gets, so the last map may be by far the largest. Without a norm
+        # for each, it would drown the others.
         self.norms = nn.ModuleList(LayerNorm2d(dim) for _ in range(4))
         self.mix = nn.ModuleList(nn.Conv2d(4 * dim, dim, 1) for _ in range(4))
 

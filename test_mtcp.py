@@ -807,11 +807,10 @@ def test_each_map_of_a_vit_holds_all_blocks_whatever_their_scale():
         close(maps[2].permute(0, 2, 3, 1), mixed[2], 1e-5)
         pooled = mixed[3].unfold(1, 2, 2).unfold(2, 2, 2).mean(dim=(-1, -2))  # (2,2,3,8)
         close(maps[3].permute(0, 2, 3, 1), pooled, 1e-5)
-        # The four pixels of stride 8 around the corner between four tokens are the tokens' mean.
-        corner = maps[1][:, :, 1:3, 1:3].mean(dim=(2, 3))
-        close(corner, mixed[1][:, :2, :2].mean(dim=(1, 2)), 1e-5)
-        c[0] = c[0] + torch.randn(2, 8, 4, 6)
-        assert all((a - b).abs().max() > 1e-3 for a, b in zip(pyramid(c), maps, strict=True))
+        # The four pixels around the corner between four tokens are the tokens' mean.
+        for k, n in enumerate((4, 2)):
+            corner = maps[k][:, :, n - 1 : n + 1, n - 1 : n + 1].mean(dim=(2, 3))
+            close(corner, mixed[k][:, :2, :2].mean(dim=(1, 2)), 1e-5)
 
 
 def test_a_window_that_divides_nothing_at_480_by_640():
