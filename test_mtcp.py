@@ -2078,17 +2078,26 @@ def test_cut_before_any_write_takes_effect_a_run_goes_on_to_the_same_end(
 # --- Several processes, and steps in parts ---
 
 
-def torchrun(*flags) -> subprocess.CompletedProcess:
+def torchrun(*flags, script: Path = HERE / "train.py") -> subprocess.CompletedProcess:
     """train.py in two processes of one thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     quiet = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    command += ["--nproc_per_node", "2", str(HERE / "train.py"), *map(str, flags)]
+    command += ["--nproc_per_node", "2", str(script), *map(str, flags)]
     return subprocess.run(command, env=quiet, capture_output=True, text=True, timeout=120)
 
 
-def test_two_processes_train_and_measure_as_one_that_takes_its_steps_in_two_parts(rooms, tmp_path):
+def test_two_processes_train_and_measure_as_one_that_takes_its_steps_in_two_parts(
+    rooms, tmp_path, monkeypatch
+):
     flags = ("--epochs", "1", "--balancer", "uncertainty")
-    done = torchrun("--root", rooms, *CPU, "--out", tmp_path / "two", *flags)
+    # With enough held-out images for both processes.
+    monkeypatch.setattr(train, "HOLDOUT", 0.4)
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport train\n"
+        "train.HOLDOUT = 0.4\nsys.exit(train.cli())\n"
+    )
+    done = torchrun("--root", rooms, *CPU, "--out", tmp_path / "two", *flags, script=script)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test split") == 1
     threads = torch.get_num_threads()
@@ -2113,8 +2122,14 @@ def test_two_processes_train_and_measure_as_one_that_takes_its_steps_in_two_part
         close(state["exp_avg"], two["optimizer"]["state"][k]["exp_avg"], 1e-5)
     for t, loss in one["log"][0]["loss"].items():
         close(loss, two["log"][0]["loss"][t])
+    # What is saved is what both measured at the end of the epoch, running statistics included.
+    where = (again.dataset, again.root, again.tasks, again.size, again.seed, again.preset)
+    held_out = train.make_loader(train.make_datasets(*where, False)[2], 2, 0)
+    model = train.load_model(tmp_path / "two/best.pt")
+    alone["held out"] = train.evaluate(model, NYUD_TASKS, held_out, "cpu")
     report = json.loads((tmp_path / "two/metrics.json").read_text())
-    for split in ("test", "trivial"):
+    report["held out"] = two["log"][0]["heldout"]
+    for split in ("test", "trivial", "held out"):
         for t, figures in report[split].items():
             for name, value in figures.items():
                 close(value, alone[split][t][name], 1e-6 * max(1, abs(value)))
