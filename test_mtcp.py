@@ -2213,6 +2213,19 @@ def test_flags_of_several_processes(rooms, monkeypatch, capsys):
     assert complaint_of(flags, capsys) == ""
 
 
+def test_how_to_go_on_is_the_last_word_also_if_a_loader_was_being_made(rooms, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport train\n"
+        "from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Loader\n"
+        "def stopped(self, loader):\n    raise KeyboardInterrupt\n"
+        "Loader.__init__ = stopped\nsys.exit(train.cli())\n"
+    )
+    command = [sys.executable, str(script), "--root", str(rooms), "--out", str(tmp_path / "run")]
+    done = subprocess.run([*command, *CPU, "--workers", "1"], capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr.endswith("\nstopped; say it again\n")
+
+
 @pytest.mark.parametrize("group", [False, True], ids=["train.py", "its workers too"])
 def test_a_run_that_is_told_to_stop_says_how_to_go_on(rooms, tmp_path, group):
     out = tmp_path / "run"

@@ -30,6 +30,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
@@ -1576,6 +1577,8 @@ def cli(argv: list[str] | None = None) -> int:
         else:
             raise
     except KeyboardInterrupt as stop:
+        # Ends a loader that was being made. Torch may complain about that, so before the last word.
+        traceback.clear_frames(stop.__traceback__)
         begun = args is not None and args.out is not None and (args.out / "config.json").is_file()
         how = "say it again"
         if begun and not args.eval and not args.predict:
