@@ -2081,6 +2081,14 @@ def test_cut_before_any_write_takes_effect_a_run_goes_on_to_the_same_end(
 # --- Several processes, and steps in parts ---
 
 
+def patched_train(folder: Path, *lines: str) -> Path:
+    """A script that is train.py, after some lines of Python that change it."""
+    first = ("import sys", f"sys.path.insert(0, {str(HERE)!r})", "import train")
+    path = folder / "script.py"
+    path.write_text("\n".join([*first, *lines, "sys.exit(train.cli())"]))
+    return path
+
+
 def torchrun(*flags, script: Path = HERE / "train.py") -> subprocess.CompletedProcess:
     """train.py in two processes of one thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -2095,11 +2103,7 @@ def test_two_processes_train_and_measure_as_one_that_takes_its_steps_in_two_part
     flags = ("--epochs", "1", "--balancer", "uncertainty")
     # With enough held-out images for both processes.
     monkeypatch.setattr(train, "HOLDOUT", 0.4)
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport train\n"
-        "train.HOLDOUT = 0.4\nsys.exit(train.cli())\n"
-    )
+    script = patched_train(tmp_path, "train.HOLDOUT = 0.4")
     done = torchrun("--root", rooms, *CPU, "--out", tmp_path / "two", *flags, script=script)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test split") == 1
@@ -2214,12 +2218,12 @@ def test_flags_of_several_processes(rooms, monkeypatch, capsys):
 
 
 def test_how_to_go_on_is_the_last_word_also_if_a_loader_was_being_made(rooms, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport train\n"
-        "from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Loader\n"
-        "def stopped(self, loader):\n    raise KeyboardInterrupt\n"
-        "Loader.__init__ = stopped\nsys.exit(train.cli())\n"
+    script = patched_train(
+        tmp_path,
+        "from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Loader",
+        "def stopped(self, loader):",
+        "    raise KeyboardInterrupt",
+        "Loader.__init__ = stopped",
     )
     command = [sys.executable, str(script), "--root", str(rooms), "--out", str(tmp_path / "run")]
     done = subprocess.run([*command, *CPU, "--workers", "1"], capture_output=True, text=True)

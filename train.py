@@ -1577,7 +1577,7 @@ def cli(argv: list[str] | None = None) -> int:
         else:
             raise
     except KeyboardInterrupt as stop:
-        # Ends a loader that was being made. Torch may complain about that, so before the last word.
+        # Ends a loader that was being made. Torch complains of it: let that not be the last word.
         traceback.clear_frames(stop.__traceback__)
         begun = args is not None and args.out is not None and (args.out / "config.json").is_file()
         how = "say it again"
