@@ -13,7 +13,7 @@ concatenates channels.
      └─ Backbone ──────── c2, c3, c4, c5               strides 4, 8, 16, 32
           └─ PixelDecoder ─────── P (B,C,h,w)          per-pixel embedding, and three coarse maps
                └─ QueryDecoder ── M (B,N,h,w)          one mask (logits) per learned query, N = 100
-                     R = P ⊙ Σ_n M_n (B,C,h,w)         shared representation
+                     R = P ⊙ Σ_n σ(M_n) (B,C,h,w)      shared representation
      for every task t:
        TaskDecoder          R → F_t = (f1, f2, f3)     (C,h,w), (2C,h/2,w/2), (4C,h/4,w/4)
        FeaturePyramid       F_t → X_t (B,C,h,w)        the task's own representation
@@ -559,23 +559,25 @@ class QueryDecoder(nn.Module):
 
 
 # ==================================================================================================
-# Shared representation: R = P ⊙ Σ_n M_n                        the ⊗ of the paper's Figure 2
+# Shared representation: R = P ⊙ Σ_n σ(M_n)                     the ⊗ of the paper's Figure 2
 # ==================================================================================================
 
 
 def shared_representation(P: Tensor, M: Tensor) -> Tensor:
-    """P (B,C,h,w), M (B,N,h,w) → R (B,C,h,w): each pixel's embedding times its summed mask logits.
+    """P (B,C,h,w), M (B,N,h,w) → R (B,C,h,w): a pixel's embedding times the number of its masks.
 
-    As M_n = m_n · P (see QueryDecoder.masks), R = P ⊙ ((Σ_n m_n) · P). The order of the queries has
-    no effect on R. All m_n get the same gradient, so no task loss asks queries to differ: what they
-    know of single objects comes from a Mask2Former's weights.
+    σ(M_n) in 0…1 is the soft mask of query n. Their sum counts the masks in which a pixel lies. The
+    order of the queries has no effect on R, and no task loss asks them to differ: what they know of
+    single objects comes from a Mask2Former's weights.
     """
-    R = P * M.sum(dim=1, keepdim=True)
-    # D3: R is divided by its root mean square, one number per image. Σ_n M_n is a sum of N logits:
-    # near 0 at the start, far below 0 in a trained Mask2Former, whose masks leave out most pixels.
-    # Without the division, the scale of all that follows would depend on N and on the weights. A
-    # LayerNorm would divide each pixel by its own |Σ_n M_n| and keep only the sign of that sum.
-    # [release: models/models_nyud_CL.py#L182]
+    # D3: soft masks. The release sums the logits M_n; the paper does not say. A sum of logits
+    # crosses 0 between pixels, and there R vanishes. The LayerNorm in front of the task decoders'
+    # attention divides by R's size: the few pixels beside the crossing would get nearly all of the
+    # gradient. [release: models/models_nyud_CL.py#L182]
+    R = P * M.sigmoid().sum(dim=1, keepdim=True)
+    # D3: R is divided by its root mean square, one number per image. The sum lies between 0 and N,
+    # and how large it is depends on where the weights come from. The scale of all that follows
+    # should not. A LayerNorm would divide each pixel by its own sum: no mask would have an effect.
     rms = R.float().square().mean(dim=(1, 2, 3), keepdim=True).add(1e-12).sqrt()  # (B,1,1,1)
     return R / rms.to(R.dtype)
 

@@ -177,14 +177,29 @@ def test_masked_attention_hides_the_background_and_opens_empty_rows():
     assert difference[0].max() <= 1e-5 and difference[1].max() > 1e-3
 
 
-def test_shared_representation_is_P_times_the_summed_masks_up_to_one_number_per_image():
+def test_shared_representation_is_P_times_the_number_of_masks_up_to_one_number_per_image():
     P = torch.randn(2, 4, 3, 5)
-    M = torch.randn(2, 7, 3, 5) - 50  # -50: logits as with pretrained weights
+    M = 3 * torch.randn(2, 7, 3, 5)
     R = mtcp.shared_representation(P, M)
-    ratio = P * M.sum(dim=1, keepdim=True) / R
-    close(ratio / ratio[:, :1, :1, :1], torch.ones_like(R), 1e-4)
-    close(R.square().mean(dim=(1, 2, 3)), torch.ones(2))
-    close(mtcp.shared_representation(10 * P, 100 * M), R)
+    for b in range(2):
+        naive = torch.empty(4, 3, 5)
+        for y in range(3):
+            for x in range(5):
+                masks = sum(1 / (1 + math.exp(-M[b, n, y, x])) for n in range(7))
+                naive[:, y, x] = P[b, :, y, x] * masks
+        close(R[b], naive / naive.square().mean().sqrt())
+    close(mtcp.shared_representation(10 * P, M.repeat(1, 2, 1, 1)), R)
+
+
+def test_a_pixel_where_the_logits_sum_to_zero_does_not_get_all_of_the_gradient():
+    """As it would if R held the sum of the logits: a LayerNorm follows."""
+    P = torch.randn(1, 8, 1, 99)
+    M = torch.stack([torch.linspace(-1, 1, 99), torch.full((99,), 1e-3)])[None, :, None]
+    R = mtcp.shared_representation(P, M).requires_grad_()
+    y = F.layer_norm(R.transpose(1, 3), (8,))
+    (y * torch.randn_like(y)).sum().backward()
+    size = R.grad.norm(dim=1).flatten()  # (99,)
+    assert size[49] < 10 * size.median()
 
 
 def test_task_decoder_and_pyramid_shapes_at_sizes_no_window_divides():
