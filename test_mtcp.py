@@ -1965,9 +1965,13 @@ def test_the_backbone_has_a_learning_rate_of_its_own():
 
 def test_small_has_recipes_of_its_own_on_real_data():
     args = train.parse_args(["--dataset", "nyud", "--preset", "small", "--start", "file"])
-    assert (args.size, args.lr, args.batch_size) == ((192, 256), 1e-3, 4)
+    assert (args.size, args.lr, args.batch_size) == ((192, 256), 3e-4, 4)
     assert train.parse_args(["--dataset", "nyud", "--start", "file"]).size is None
-    assert train.parse_args(["--preset", "small", "--start", "file"]).size is None  # rooms
+    rooms = train.parse_args(["--preset", "small", "--start", "file"])
+    assert (rooms.size, rooms.lr, rooms.epochs) == (None, 3e-4, 5)
+    for dataset in ("nyud", "rooms"):  # 1e-5 for the backbone
+        recipe = train.find_recipe(dataset, "small")
+        close(recipe.lr * recipe.backbone_lr, 1e-5, 1e-9)
 
 
 def test_schedule():
