@@ -568,7 +568,7 @@ def shared_representation(P: Tensor, M: Tensor) -> Tensor:
 
     σ(M_n) in 0…1 is the soft mask of query n. Their sum counts the masks in which a pixel lies. The
     order of the queries has no effect on R, and no task loss asks them to differ: what they know of
-    single objects comes from a Mask2Former's weights.
+    single things comes from `mask_loss`, or from a Mask2Former's weights.
     """
     # D3: soft masks. The release sums the logits M_n; the paper does not say. A sum of logits
     # crosses 0 between pixels, and there R vanishes. The LayerNorm in front of the task decoders'
@@ -937,6 +937,27 @@ def balanced_bce(y: Tensor, target: Tensor) -> Tensor:
 
 
 LOSSES = {f.__name__: f for f in (cross_entropy, l1_depth, l1_normals, balanced_bce)}
+
+
+def mask_loss(M: Tensor, label: Tensor, classes: Tensor) -> Tensor:
+    """Mask logits M (B,N,h,w), classes at most N class indices, label (B,4h,4w) → 0-d.
+
+    A start for the shared part: query n learns where class classes[n] is. Cross-entropy and Dice
+    are those of [Mask2Former], which trains a query on one object, found by matching. Here each
+    query is told its class, so there is nothing to match. Queries that are left over learn nothing.
+    """
+    label = label[:, None, 2::4, 2::4]  # (B,1,h,w): about the middle of 4 x 4 pixels
+    valid = label != IGNORE_INDEX
+    target = (label == classes[:, None, None]).float()  # (B,len(classes),h,w)
+    M = M[:, : len(classes)].float()
+    entropy = F.binary_cross_entropy_with_logits(M, target, reduction="none") * valid
+    entropy = entropy.sum() / (len(classes) * valid.sum()).clamp(min=1)
+    # Dice compares areas, so small things count as much as walls. Only of classes that are there.
+    p = M.sigmoid() * valid
+    overlap = 2 * (p * target).sum(dim=(2, 3))
+    dice = 1 - (overlap + 1) / ((p + target).sum(dim=(2, 3)) + 1)
+    there = target.amax(dim=(2, 3))  # (B,len(classes)) of 0 and 1
+    return 2 * entropy + (dice * there).sum() / there.sum().clamp(min=1)
 
 
 def task_losses(tasks: tuple[Task, ...], outputs: dict, batch: dict) -> dict[str, Tensor]:

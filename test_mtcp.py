@@ -436,6 +436,36 @@ def test_no_valid_pixel_is_a_loss_of_zero_with_zero_gradient(loss, channels, tar
     assert value.item() == 0 and y.grad.abs().max() == 0
 
 
+def test_mask_loss_is_cross_entropy_and_dice_of_the_classes_that_are_asked_for():
+    M = torch.randn(2, 5, 2, 3)
+    label = torch.randint(0, 6, (2, 8, 12))
+    label[:, 2, 2] = IGNORE_INDEX
+    label[label == 4] = 5
+    label[0, 6, 10] = 2
+    classes = torch.tensor([2, 0, 4, 1])  # of which 4 is nowhere; query 4 is left over
+    entropy = 0
+    dice = []
+    for b in range(2):
+        for n, c in enumerate(classes.tolist()):
+            p = []
+            for y in range(2):
+                for x in range(3):
+                    truth = label[b, 4 * y + 2, 4 * x + 2].item()
+                    if truth != IGNORE_INDEX:
+                        p.append((1 / (1 + math.exp(-M[b, n, y, x])), float(truth == c)))
+            entropy -= sum(math.log(q if t else 1 - q) for q, t in p) / (2 * 5 * 4)  # 5 of 6 known
+            if any(t for _, t in p):
+                overlap = sum(q * t for q, t in p)
+                dice.append(1 - (2 * overlap + 1) / (sum(q + t for q, t in p) + 1))
+    loss = mtcp.mask_loss(M.requires_grad_(), label, classes)
+    close(loss, 2 * entropy + sum(dice) / len(dice))
+    loss.backward()
+    assert (M.grad[:, 4] == 0).all() and (M.grad[:, :4, 0, 0] == 0).all()
+    assert (M.grad[:, :4, 1, 2] != 0).all()
+    unknown = torch.full_like(label, IGNORE_INDEX)
+    assert mtcp.mask_loss(M, unknown, classes) == 0
+
+
 def test_task_loss_weighs_early_predictions_by_half():
     a, b, c, d = (torch.full((1, 1, 2, 2), v) for v in (2.0, 3.0, 5.0, 9.0))
     target = {"depth": torch.ones(1, 1, 2, 2)}
@@ -1969,6 +1999,8 @@ def test_small_has_recipes_of_its_own_on_real_data():
     assert train.parse_args(["--dataset", "nyud", "--start", "file"]).size is None
     rooms = train.parse_args(["--preset", "small", "--start", "file"])
     assert (rooms.size, rooms.lr, rooms.epochs) == (None, 3e-4, 5)
+    assert (args.mask_epochs, rooms.mask_epochs) == (3, 3)
+    assert train.parse_args(["--dataset", "pascal", "--start", "file"]).mask_epochs == 0
     for dataset in ("nyud", "rooms"):  # 1e-5 for the backbone
         recipe = train.find_recipe(dataset, "small")
         close(recipe.lr * recipe.backbone_lr, 1e-5, 1e-9)
@@ -1985,7 +2017,7 @@ def test_schedule():
 # train.py: runs
 # ==================================================================================================
 
-CPU = ("--batch-size", "4", "--workers", "0", "--device", "cpu")
+CPU = ("--batch-size", "4", "--workers", "0", "--device", "cpu", "--mask-epochs", "0")
 
 
 def run(root: Path, out: Path, *flags) -> dict:
@@ -1993,12 +2025,46 @@ def run(root: Path, out: Path, *flags) -> dict:
     return train.main(train.parse_args([str(c) for c in command]))
 
 
+def test_the_shared_part_learns_masks_first(rooms, tmp_path, monkeypatch, capsys):
+    changed = []
+    learn_masks = train.learn_masks
+
+    def watched(model, *rest):
+        before = {n: x.clone() for n, x in model.state_dict().items()}
+        learn_masks(model, *rest)
+        after = model.state_dict()
+        changed.append({n.split(".")[0] for n, x in before.items() if not torch.equal(x, after[n])})
+
+    monkeypatch.setattr(train, "learn_masks", watched)
+    flags = ("--tasks", "depth", "--epochs", "1", "--mask-epochs", "3")
+    whole = run(rooms, tmp_path / "a", *flags)
+    assert changed == [{"backbone", "pixel_decoder", "query_decoder"}]
+    lines = capsys.readouterr().out.splitlines()
+    losses = [float(line.split()[-1]) for line in lines if line.startswith("masks")]
+    assert len(losses) == 3 and losses[0] > losses[1] > losses[2] > 0
+
+    calls = []
+
+    def killed(*inputs):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return mask_loss(*inputs)
+
+    mask_loss = mtcp.mask_loss
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mtcp, "mask_loss", killed)
+        run(rooms, tmp_path / "b", *flags)
+    again = train.main(train.parse_args(["--out", str(tmp_path / "b"), "--resume"]))
+    assert again["test"] == whole["test"]
+
+
 def test_a_run_writes_its_folder_and_repeats_and_resumes_exactly(rooms, tmp_path, monkeypatch):
     # Something that draws at random in every step.
     monkeypatch.setitem(PRESETS, "toy", replace(TOY, drop_path=0.5))
     a = tmp_path / "a"
     b = tmp_path / "b"
-    whole = run(rooms, a, "--epochs", "2")
+    whole = run(rooms, a, "--epochs", "2", "--mask-epochs", "1")
     written = {"config.json", "log.jsonl", "metrics.json", "predictions.png", ".lock"}
     checkpoints = {"last.pt", "previous.pt", "best.pt"}
     assert {p.name for p in a.iterdir()} == written | checkpoints
@@ -2020,7 +2086,7 @@ def test_a_run_writes_its_folder_and_repeats_and_resumes_exactly(rooms, tmp_path
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(mtcp.LPS, "end_epoch", pull_the_plug_in_the_second_epoch)
-        run(rooms, b, "--epochs", "2")
+        run(rooms, b, "--epochs", "2", "--mask-epochs", "1")
     resumed = train.main(train.parse_args(["--out", str(b), "--resume"]))  # the flags are known
     assert resumed["test"] == whole["test"]
     assert "seconds" in whole and "seconds" not in resumed  # they would be the last part's
@@ -2119,7 +2185,7 @@ def torchrun(*flags, script: Path = HERE / "train.py") -> subprocess.CompletedPr
 def test_two_processes_train_and_measure_as_one_that_takes_its_steps_in_two_parts(
     rooms, tmp_path, monkeypatch
 ):
-    flags = ("--epochs", "1", "--balancer", "uncertainty")
+    flags = ("--epochs", "1", "--balancer", "uncertainty", "--mask-epochs", "1")
     # With enough held-out images for both processes.
     monkeypatch.setattr(train, "HOLDOUT", 0.4)
     script = patched_train(tmp_path, "train.HOLDOUT = 0.4")

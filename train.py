@@ -78,6 +78,7 @@ class Recipe:
     lr: float = 2e-3  # of AdamW, at its highest
     backbone_lr: float = 1.0  # times lr, where the backbone starts from weights
     warmup: int = 100  # steps, without which training would not survive this learning rate
+    mask_epochs: int = 3  # before the others: see learn_masks
     kappa: float = 1.6  # spread of the LPS weights; 7.5 is too jumpy where epochs are few
     scales: tuple[float, ...] = (1.0,)  # of the random zoom; a few epochs need none
     degrees: float = 0.0  # of the random rotation, either way
@@ -85,7 +86,8 @@ class Recipe:
     size: tuple[int, int] | None = None  # to which images are resized; None: as they are
 
 
-RELEASED = {"preset": "paper", "epochs": 100, "batch_size": 2, "lr": 5e-5, "warmup": 0, "jitter": 0}
+RELEASED = {"preset": "paper", "epochs": 100, "batch_size": 2, "lr": 5e-5, "warmup": 0, "jitter": 0,
+            "mask_epochs": 0}  # fmt: skip
 RECIPES = {
     # From scratch in minutes.
     "rooms": Recipe(mtcp.NYUD_TASKS),
@@ -102,7 +104,7 @@ RECIPES = {
 # destroys. Both rates were chosen by runs of one seed on held-out training images.
 LAPTOP = {
     "epochs": 9, "batch_size": 4, "lr": 3e-4, "backbone_lr": 1e-5 / 3e-4, "warmup": 100,
-    "kappa": 1.6, "jitter": 0.1,
+    "kappa": 1.6, "jitter": 0.1, "mask_epochs": 3,
 }  # fmt: skip
 SMALL_RECIPES = {
     "nyud": replace(RECIPES["nyud"], **LAPTOP, size=(192, 256)),
@@ -149,6 +151,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--balancer", choices=list(BALANCERS), help="of the losses (lps); log: LPS without weights")
     add("--kappa", type=float, help="spread of the LPS weights (recipe)")
     add("--epochs", type=int, help="(recipe)")
+    add("--mask-epochs", type=int, metavar="N", help="before these: epochs in which the shared\n"
+        "part learns masks of the true segmentation (recipe)")  # fmt: skip
     add("--batch-size", type=int, metavar="B", help="images a step (recipe)")
     add("--accumulate", type=int, metavar="A", help="take a step in A parts: less memory (1)")
     add("--lr", type=float, help="of AdamW, at its highest (recipe)")
@@ -292,12 +296,16 @@ def refuse_bad_flags(args: argparse.Namespace, names: list[str], parser) -> None
             parser.error(f"--{key.replace('_', '-')} takes a number above 0")
     if not 0 <= args.kappa < math.inf:
         parser.error("--kappa takes a number of 0 or more")
-    if min(args.size or [1]) < 1 or args.workers < 0 or not 0 <= args.seed < 2**32:
-        parser.error("--size takes two numbers above 0; --workers and --seed take 0 or more")
+    if min(args.size or [1]) < 1 or not 0 <= args.seed < 2**32:
+        parser.error("--size takes two numbers above 0, --seed one of 0 or more")
+    if min(args.workers, args.mask_epochs) < 0:
+        parser.error("--workers and --mask-epochs take numbers of 0 or more")
     parts = processes() * args.accumulate
     if args.batch_size % parts and not args.eval:
         parser.error(f"--batch-size takes a multiple of {parts}, the parts of a step: it has "
             f"{processes()} processes, each --accumulate {args.accumulate}")  # fmt: skip
+    if args.mask_epochs and "semseg" not in names:
+        parser.error(f"--mask-epochs needs the labels of semseg, which {args.dataset} has not")
     require_device(args, parser)
     if processes() > 1 and args.device not in ("cpu", "cuda"):
         parser.error(f"several processes run on --device cpu or cuda, not on {args.device}")
@@ -1262,6 +1270,53 @@ def finish(out: Path | None, report: dict, model: MTCP, tasks: tuple[Task, ...],
 # ==================================================================================================
 
 
+def learn_masks(model: MTCP, args: argparse.Namespace, recipe: Recipe, part: int) -> None:
+    """Trains backbone, pixel decoder and query decoder on masks of the true segmentation.
+
+    D16: the paper starts from a Mask2Former, which has learned masks on ADE20K. Without its weights
+    the task losses alone would have to form P and M, through all decoders that lie behind them. So
+    query n first learns the mask of the training split's n-th largest class; also where the tasks
+    that follow leave segmentation out. A run that is killed here begins anew with --resume.
+    """
+    where = (args.dataset, args.root, ["semseg"], args.size, args.seed)
+    masks_set, plain_set, _, _ = make_datasets(*where, args.preset, args.skip_bad_samples)
+    semseg = [t for t in recipe.tasks if t.name == "semseg"]
+    area = ConstantPredictor(semseg, make_loader(plain_set, part, args.workers)).constants["semseg"]
+    largest = area.argsort(descending=True)[: min(model.cfg.queries, (area > 0).sum().item())]
+    classes = largest.to(args.device)
+    steps = args.mask_epochs * max(1, len(masks_set) // args.batch_size)
+    optimizer, scheduler = make_optimizer(model, nn.Module(), args.lr, steps, recipe)
+    model.train()
+    for epoch in range(args.epochs, args.epochs + args.mask_epochs):  # draws of their own
+        torch.manual_seed(args.seed + 1000 * (epoch + 1) + 1_000_000 * rank())
+        masks_set.epoch = epoch
+        loader = data.make_loader(
+            masks_set, part, shuffle=True, seed=args.seed + epoch, workers=args.workers,
+            rank=rank(), processes=processes(), accumulate=args.accumulate,
+        )  # fmt: skip
+        total = 0.0
+        for i, batch in enumerate(progress(loader, "masks")):
+            images = batch["image"].to(args.device, memory_format=torch.channels_last)
+            pad = (0, -images.shape[-1] % 32, 0, -images.shape[-2] % 32)  # as MTCP.forward does
+            label = F.pad(batch["semseg"], pad, value=IGNORE_INDEX).to(args.device)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
+                _, M = model.shared(F.pad(images, pad))
+            loss = mtcp.mask_loss(M, label, classes)
+            total += loss.item() / len(loader)
+            (loss / args.accumulate).backward()
+            if (i + 1) % args.accumulate:
+                continue
+            average_over_processes(p.grad for p in model.parameters() if p.grad is not None)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+            require_finite(norm, {"masks": loss}, batch["name"])
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            if Terminated.asked:
+                raise Terminated
+        print(f"masks  {time.strftime('%H:%M:%S')}   loss of the masks {total:.3f}")
+
+
 def main(args: argparse.Namespace) -> dict:
     """Trains as the flags say, in three steps: setup, loop, test. Returns metrics.json."""
     # --- Setup: data, network, balancer, optimiser ---
@@ -1298,6 +1353,8 @@ def main(args: argparse.Namespace) -> dict:
     judging = judging_tasks(tasks, trivial)
     states = {"balancer": balancer, "optimizer": optimizer, "scheduler": scheduler}
     run = Run(args, model, start, train_set, begun, **states)
+    if begun is None and args.mask_epochs:
+        learn_masks(model, args, recipe, part)
     network = model
     if processes() > 1:  # on CPUs each has its own BatchNorm, until the end of the epoch
         network = DistributedDataParallel(model, broadcast_buffers=False)
