@@ -2058,6 +2058,18 @@ def test_the_shared_part_learns_masks_first(rooms, tmp_path, monkeypatch, capsys
     again = train.main(train.parse_args(["--out", str(tmp_path / "b"), "--resume"]))
     assert again["test"] == whole["test"]
 
+    root = tmp_path / "rooms"
+    shutil.copytree(rooms, root)
+    shutil.rmtree(root / "segmentation")
+    refused("segmentation.*--mask-epochs 0", run, root, tmp_path / "c", *flags)
+    run(root, tmp_path / "c", *flags, "--mask-epochs", "0")
+
+
+def test_a_dataset_without_segmentation_has_no_masks_to_learn(monkeypatch, capsys):
+    monkeypatch.setitem(train.RECIPES, "rooms", train.Recipe(NYUD_TASKS[1:]))
+    assert train.parse_args([]).mask_epochs == 0
+    assert "labels of semseg, which rooms has not" in complaint_of("--mask-epochs 1", capsys)
+
 
 def test_a_run_writes_its_folder_and_repeats_and_resumes_exactly(rooms, tmp_path, monkeypatch):
     # Something that draws at random in every step.
@@ -2715,7 +2727,7 @@ def test_amp_on_a_cpu_that_only_imitates_bfloat16_is_said_to_be_slow(monkeypatch
     ("--lr -1", "--lr takes a number above 0"), ("--lr nan", "--lr"), ("--lr inf", "--lr"),
     ("--kappa -1", "--kappa takes a number of 0 or more"), ("--kappa nan", "--kappa"),
     ("--size 0 64", "above 0"),
-    ("--workers -1", "0 or more"),
+    ("--workers -1", "0 or more"), ("--mask-epochs -1", "0 or more"),
     ("--seed -1", "0 or more"), ("--seed 99999999999999999999", "--seed"),
     ("--device gpu", "--device gpu is not there"),
     ("--device cuda:77", "--device cuda:77 is not there"),

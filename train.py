@@ -1269,7 +1269,20 @@ def finish(out: Path | None, report: dict, model: MTCP, tasks: tuple[Task, ...],
 # ==================================================================================================
 
 
-def learn_masks(model: MTCP, args: argparse.Namespace, recipe: Recipe, part: int) -> None:
+def make_mask_set(args: argparse.Namespace, part: int) -> tuple:
+    """What learn_masks learns from: images with segmentation, and the classes, largest first."""
+    where = (args.dataset, args.root, ["semseg"], args.size, args.seed)
+    semseg = tuple(t for t in RECIPES[args.dataset].tasks if t.name == "semseg")
+    try:
+        masks_set, plain_set, _, _ = make_datasets(*where, args.preset, args.skip_bad_samples)
+        constant = ConstantPredictor(semseg, make_loader(plain_set, part, args.workers))
+    except DataError as error:
+        raise DataError(f"{error} (to train without these labels: --mask-epochs 0)") from error
+    area = constant.constants["semseg"]  # share of each class
+    return masks_set, area.argsort(descending=True)[: (area > 0).sum()]
+
+
+def learn_masks(model: MTCP, masks_set, classes: Tensor, args, recipe: Recipe, part: int) -> None:
     """Trains backbone, pixel decoder and query decoder on masks of the true segmentation.
 
     D16: the paper starts from a Mask2Former, which has learned masks on ADE20K. Without its weights
@@ -1277,12 +1290,7 @@ def learn_masks(model: MTCP, args: argparse.Namespace, recipe: Recipe, part: int
     query n first learns the mask of the training split's n-th largest class; also where the tasks
     that follow leave segmentation out. A run that is killed here begins anew with --resume.
     """
-    where = (args.dataset, args.root, ["semseg"], args.size, args.seed)
-    masks_set, plain_set, _, _ = make_datasets(*where, args.preset, args.skip_bad_samples)
-    semseg = [t for t in recipe.tasks if t.name == "semseg"]
-    area = ConstantPredictor(semseg, make_loader(plain_set, part, args.workers)).constants["semseg"]
-    largest = area.argsort(descending=True)[: min(model.cfg.queries, (area > 0).sum().item())]
-    classes = largest.to(args.device)
+    classes = classes[: model.cfg.queries].to(args.device)
     steps = args.mask_epochs * max(1, len(masks_set) // args.batch_size)
     optimizer, scheduler = make_optimizer(model, nn.Module(), args.lr, steps, recipe)
     model.train()
@@ -1351,9 +1359,10 @@ def main(args: argparse.Namespace) -> dict:
     trivial = evaluate(constant, tasks, held_out, args.device)
     judging = judging_tasks(tasks, trivial)
     states = {"balancer": balancer, "optimizer": optimizer, "scheduler": scheduler}
+    masks = make_mask_set(args, part) if args.mask_epochs and begun is None else None
     run = Run(args, model, start, train_set, begun, **states)
-    if begun is None and args.mask_epochs:
-        learn_masks(model, args, recipe, part)
+    if masks is not None:
+        learn_masks(model, *masks, args, recipe, part)
     network = model
     if processes() > 1:  # on CPUs each has its own BatchNorm, until the end of the epoch
         network = DistributedDataParallel(model, broadcast_buffers=False)
