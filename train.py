@@ -1269,6 +1269,16 @@ def finish(out: Path | None, report: dict, model: MTCP, tasks: tuple[Task, ...],
 # ==================================================================================================
 
 
+def epoch_loader(train_set, epoch: int, part: int, args: argparse.Namespace) -> DataLoader:
+    """An epoch's batches. It has its own seed: a resumed run draws what a whole one would have."""
+    torch.manual_seed(args.seed + 1000 * (epoch + 1) + 1_000_000 * rank())
+    train_set.epoch = epoch
+    return data.make_loader(
+        train_set, part, shuffle=True, seed=args.seed + epoch, workers=args.workers,
+        rank=rank(), processes=processes(), accumulate=args.accumulate,
+    )  # fmt: skip
+
+
 def make_mask_set(args: argparse.Namespace, part: int) -> tuple:
     """What learn_masks learns from: images with segmentation, and the classes, largest first."""
     where = (args.dataset, args.root, ["semseg"], args.size, args.seed)
@@ -1295,12 +1305,7 @@ def learn_masks(model: MTCP, masks_set, classes: Tensor, args, recipe: Recipe, p
     optimizer, scheduler = make_optimizer(model, nn.Module(), args.lr, steps, recipe)
     model.train()
     for epoch in range(args.epochs, args.epochs + args.mask_epochs):  # draws of their own
-        torch.manual_seed(args.seed + 1000 * (epoch + 1) + 1_000_000 * rank())
-        masks_set.epoch = epoch
-        loader = data.make_loader(
-            masks_set, part, shuffle=True, seed=args.seed + epoch, workers=args.workers,
-            rank=rank(), processes=processes(), accumulate=args.accumulate,
-        )  # fmt: skip
+        loader = epoch_loader(masks_set, epoch, part, args)
         total = 0.0
         for i, batch in enumerate(progress(loader, "masks")):
             images = batch["image"].to(args.device, memory_format=torch.channels_last)
@@ -1369,13 +1374,7 @@ def main(args: argparse.Namespace) -> dict:
 
     # --- Loop: from the images on disk to the optimiser's step, and a look after every epoch ---
     for epoch in range(run.next_epoch, args.epochs):
-        # Each epoch has its own seed: a resumed run draws what the uninterrupted one would have.
-        torch.manual_seed(args.seed + 1000 * (epoch + 1) + 1_000_000 * rank())
-        train_set.epoch = epoch
-        loader = data.make_loader(
-            train_set, part, shuffle=True, seed=args.seed + epoch, workers=args.workers,
-            rank=rank(), processes=processes(), accumulate=args.accumulate,
-        )  # fmt: skip
+        loader = epoch_loader(train_set, epoch, part, args)
         seen = mtcp.EpochMean(len(tasks)).double()
         skipped = torch.tensor(0)
         names = []
