@@ -36,7 +36,7 @@ Papers cited below:
   [DPT] Ranftl et al. 2021, arXiv 2103.13413
 
 Where this file departs from the paper or from the authors' released code, a comment carries the
-number of the departure: D1 to D12 here, D13 to D15 in train.py. README.md has them in one table.
+number of the departure: D1 to D12 here, D13 to D16 in train.py. README.md has them in one table.
 [release: FILE#L12] is a line of https://github.com/Klodivio355/MT-CP/blob/08c068e/
 """
 
