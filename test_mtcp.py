@@ -2379,26 +2379,30 @@ def test_bad_samples_are_skipped_and_counted(sets, tmp_path, capsys):
     assert len([sample["name"] for sample in dataset]) == 12  # a loop over it ends
 
 
-@pytest.mark.parametrize("when", ["gradient", "weight"])
+@pytest.mark.parametrize("when", ["masks", "gradient", "weight"])
 def test_what_is_not_finite_replaces_no_checkpoint(rooms, tmp_path, monkeypatch, when):
-    """In the second epoch: an infinite gradient, or a step to where there are no numbers."""
+    """Learning masks: an infinite gradient; in epoch 2: one, or a step to where no numbers are."""
     out = tmp_path / "run"
     clip = nn.utils.clip_grad_norm_
 
     def poisoned(parameters, limit):
         first = next(parameters)
         norm = clip([first], limit)
-        if (out / "last.pt").exists():
-            if when == "gradient":
+        if (out / "last.pt").exists() or when == "masks":
+            if when != "weight":
                 return norm * math.inf
             first.data.fill_(math.nan)
         return norm
 
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", poisoned)
     flags = ("--epochs", "2", "--tasks", "normals", "--batch-size", "10", "--accumulate", "2")
+    flags += ("--mask-epochs", "1") if when == "masks" else ()
     # Eight by name and two more: those of the whole step, not of its second part alone.
     with pytest.raises(FloatingPointError, match="its images: rooms_.* and 2 more.*a lower --lr"):
         run(rooms, out, *flags)
+    if when == "masks":
+        assert not (out / "last.pt").exists()
+        return
     assert train.load_checkpoint(out / "last.pt")["epoch"] == 0
     assert all(v.isfinite().all() for v in train.load_checkpoint(out / "best.pt")["model"].values())
 

@@ -1307,7 +1307,9 @@ def learn_masks(model: MTCP, masks_set, classes: Tensor, args, recipe: Recipe, p
     for epoch in range(args.epochs, args.epochs + args.mask_epochs):  # draws of their own
         loader = epoch_loader(masks_set, epoch, part, args)
         total = 0.0
+        names = []
         for i, batch in enumerate(progress(loader, "masks")):
+            names = (names if i % args.accumulate else []) + batch["name"]  # of this step's images
             images = batch["image"].to(args.device, memory_format=torch.channels_last)
             pad = (0, -images.shape[-1] % 32, 0, -images.shape[-2] % 32)  # as MTCP.forward does
             label = F.pad(batch["semseg"], pad, value=IGNORE_INDEX).to(args.device)
@@ -1320,7 +1322,7 @@ def learn_masks(model: MTCP, masks_set, classes: Tensor, args, recipe: Recipe, p
                 continue
             average_over_processes(p.grad for p in model.parameters() if p.grad is not None)
             norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-            require_finite(norm, {"masks": loss}, batch["name"])
+            require_finite(norm, {"masks": loss}, names)
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
